@@ -1,0 +1,42 @@
+"""The one place where thread counts are set: cores divided by ranks, at least one.
+
+Libraries read these variables when they load, so `set_threads` runs when `freeze_omni_lite` is imported, before
+torch. Waiting threads sleep instead of spinning: two spinning threads on two busy cores ran 50 times slower.
+"""
+
+import os
+
+OMP_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def thread_count() -> int:
+    """Threads for one process: FREEZE_OMNI_THREADS if set, else cores // ranks on this machine, at least 1."""
+    wanted = os.environ.get("FREEZE_OMNI_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has no affinity call
+        cores = os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def set_threads() -> int:
+    """Export the thread count to every numeric library of this process and its children. Returns the count."""
+    count = thread_count()
+    for variable in OMP_VARIABLES:
+        os.environ[variable] = str(count)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return count
+
+
+def onnxruntime_options():
+    """Session options with the same thread count, for the voices and the judges that run on onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = thread_count()
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
