@@ -1,0 +1,40 @@
+"""The acoustic gate: Silero VAD opens a turn, and nothing else. Closing it is the state head's work.
+
+Paper: "Duplex": the VAD only detects the start of speech. Released constants: threshold 0.8, time-out 2 s.
+"""
+
+import torch
+from torch import Tensor
+
+from .audio import CHUNK_MS, CHUNK_SAMPLES, exact
+
+WINDOW_SAMPLES = 512  # what Silero takes at 16 kHz
+WINDOWS_PER_CHUNK = exact(CHUNK_SAMPLES, WINDOW_SAMPLES)  # 5
+LOOK_BACK_CHUNKS = 6  # 960 ms before the opening are replayed, so that no first word is lost
+
+
+class SpeechGate:
+    """Silero VAD of one session: `step` tells whether a chunk has speech, `silence_ms` how long there was none.
+
+    threshold  probability above which a 32 ms window counts as speech
+    windows    such windows in one chunk that open the gate: two, so that a click does not
+    """
+
+    def __init__(self, threshold: float = 0.5, windows: int = 2) -> None:
+        from silero_vad import load_silero_vad
+
+        self.model, self.threshold, self.windows = load_silero_vad(onnx=False), threshold, windows
+        self.silence_ms = 0
+
+    def step(self, samples: Tensor) -> bool:
+        """One 160 ms chunk (2560 samples,) at 16 kHz."""
+        with torch.inference_mode():
+            scores = [float(self.model(window, 16_000)) for window in samples.view(WINDOWS_PER_CHUNK, WINDOW_SAMPLES)]
+        speech = sum(score > self.threshold for score in scores) >= self.windows
+        self.silence_ms = 0 if speech else self.silence_ms + CHUNK_MS
+        return speech
+
+    def reset(self) -> None:
+        """Forget everything heard: after a decision the next turn starts fresh."""
+        self.model.reset_states()
+        self.silence_ms = 0
