@@ -1,8 +1,8 @@
 """Figures: every function draws static data on axes and returns them; nothing is shown, saved or kept.
 
 One meaning per colour in all notebooks, each with a second mark (hatch, marker, line) for greyscale.
-Time axes are in seconds. `ax=None` makes a new figure; a figure of several panels takes and returns an array of
-axes. `waveform`, `log_probs` and the like may be tensors, arrays or lists.
+Time axes are in seconds. Data may be tensors, arrays or lists. `ax=None` makes a new figure; a figure of
+several panels takes and returns an array of axes.
 `python -m freeze_omni_lite.plots` writes the architecture figure of the README again.
 """
 
