@@ -4,6 +4,7 @@ Paper: "Chunk-wise Streaming Speech Encoder" (input) and "Codec Decoder" (output
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,8 @@ def save(path: str | Path, waveform: Tensor, sample_rate_hz: int) -> Path:
     except (OSError, ValueError, TypeError, soundfile.LibsndfileError) as error:
         raise InputError(f"{path} cannot be written ({error}): choose a .wav or .flac path that you may write.") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that cannot be written holds no partial file either
+            partial.unlink()
     return path
 
 
