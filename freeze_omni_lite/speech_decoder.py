@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import KVCache, TransformerBlock, lengths_mask, rotary, rotation
+from .attention import KVCache, Rotation, TransformerBlock, lengths_mask, rotary, rotation
 from .errors import StageMismatch
 from .scales import Preset
+
+TURNS = 64  # speech positions whose rotary angles are computed at once: far cheaper than one by one
 
 
 class LayerPrefix(NamedTuple):
@@ -49,9 +51,11 @@ class DecoderState:
     """Everything that one spoken segment (or a batch of them) remembers between AR steps."""
 
     caches: list[KVCache]
-    positions: Tensor  # (batch,) of the next speech token; a prefix does not count
+    start: Tensor  # (batch,) position of START_OF_SPEECH; a prefix does not count
     visible: Tensor | None  # bool (batch, prefix + text positions); None: nothing is padded
     ended: Tensor  # bool (batch,): the decoder said END_OF_SPEECH by itself
+    spoken: int = 0  # steps so far
+    turns: Rotation | None = None  # of the TURNS positions around the next one
 
 
 class Utterance(Iterator[int]):
@@ -242,23 +246,29 @@ class SpeechDecoder(nn.Module):
         turn = rotation(torch.arange(text.shape[1], device=text.device), self.blocks[0].head_width)
         for block, cache in zip(self.blocks, caches, strict=True):
             text = block(text, turn, None if visible is None else visible[:, None, None], cache)
-        positions = self.text_positions(text_lengths)
-        return DecoderState(caches, positions, visible, torch.zeros_like(positions, dtype=torch.bool))
+        start = self.text_positions(text_lengths)
+        return DecoderState(caches, start, visible, torch.zeros_like(start, dtype=torch.bool))
 
     @torch.inference_mode()
     def step(self, token: Tensor | int, state: DecoderState) -> Tensor:
         """Say `token` (an id, or (batch,) ids; START_OF_SPEECH first). Returns logits (batch, codes + 4)."""
-        token = torch.as_tensor(token, device=state.positions.device).expand(len(state.positions))
+        token = torch.as_tensor(token, device=state.start.device).expand(len(state.start))
         x = self.embedding(token[:, None])
-        turn = rotation(state.positions[:, None], self.blocks[0].head_width)
-        mask = None
+        turn, mask = self.speech_turn(state), None
+        state.spoken += 1
         if state.visible is not None:
-            spoken = len(state.caches[0]) + 1 - state.visible.shape[1]
-            mask = F.pad(state.visible, (0, spoken), value=True)[:, None, None]
+            mask = F.pad(state.visible, (0, state.spoken), value=True)[:, None, None]
         for block, cache in zip(self.blocks, state.caches, strict=True):
             x = block(x, turn, mask, cache)
-        state.positions = state.positions + 1
         return self.output(self.norm(x[:, 0]))
+
+    def speech_turn(self, state: DecoderState) -> Rotation:
+        """Rotary angles of the next speech token."""
+        place = state.spoken % TURNS
+        if place == 0:
+            ahead = state.spoken + torch.arange(TURNS, device=state.start.device)
+            state.turns = rotation(state.start[:, None] + ahead, self.blocks[0].head_width)
+        return tuple(angles[:, :, place : place + 1] for angles in state.turns)
 
     def generate(
         self,
@@ -306,7 +316,7 @@ class SpeechDecoder(nn.Module):
         penalty = self.preset.repetition_penalty if repetition_penalty is None else repetition_penalty
         limit = self.preset.max_speech_tokens if max_speech_tokens is None else max_speech_tokens
         history: list[Tensor] = []
-        token = torch.full_like(state.positions, self.START_OF_SPEECH)
+        token = torch.full_like(state.start, self.START_OF_SPEECH)
         for _ in range(limit):
             logits = self.only_speakable(self.step(token, state).float().cpu())
             if window and history:

@@ -101,6 +101,15 @@ def test_batched_speech_equals_single_speech(with_prefix):
         assert utterance.ended == ended[row]
 
 
+def test_long_speech_keeps_its_positions():
+    decoder, _ = make()
+    data = single(batch((2,), (150,)), 0)
+    state = decoder.prefill(data[0])
+    tokens = [decoder.START_OF_SPEECH, *data[2][0].tolist()]
+    stepped = torch.stack([decoder.step(token, state) for token in tokens], dim=1)
+    torch.testing.assert_close(stepped, decoder.logits(*data), atol=1e-4, rtol=0)
+
+
 def test_mask_and_targets_by_hand():
     seen = decoder_mask(prefix=2, text=2, speech=3).int().tolist()
     assert seen == [
