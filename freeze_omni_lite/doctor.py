@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,10 +108,6 @@ def first_line(error: Exception) -> str:
 
 def python_row() -> Row:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if sys.version_info < (3, 11):
-        return Row(
-            MISSING, "python", found, "Python 3.11 or newer is needed: `make course PYTHON=python3.11`."
-        )
     return Row(OK, "python", found)
 
 

@@ -253,8 +253,8 @@ def torchaudio_problem() -> str | None:
 def ensure_torchaudio(mend: bool = False) -> str:
     """Make sure that `import torchaudio` will work. Returns what was done in one message, "" if nothing was needed.
 
-    mend    move the CUDA extension files aside (they keep their name plus `.set_aside`; `restore_torchaudio` undoes it).
-            Without it the trap raises PartMissing. Beside a CUDA build of torch nothing is ever touched.
+    mend    move the CUDA extension files aside (name plus `.set_aside`; `restore_torchaudio` undoes it). Without it
+            the trap raises PartMissing. Beside a CUDA build of torch nothing is ever touched.
     """
     problem = torchaudio_problem()
     if problem is None:
@@ -268,13 +268,13 @@ def ensure_torchaudio(mend: bool = False) -> str:
             rename(file, file.with_name(file.name + SET_ASIDE))
     return (
         f"torchaudio {version('torchaudio')} was built for CUDA and this torch is CPU-only, so it could not be "
-        f"imported: {len(files)} compiled files in {folder / 'lib'} were set aside (renamed to *{SET_ASIDE}). Features, "
-        "resampling and filters work; torchaudio's forced alignment and its load/save do not."
+        f"imported: {len(files)} compiled files in {folder / 'lib'} were set aside (renamed to *{SET_ASIDE}). "
+        "Features, resampling and filters work; torchaudio's forced alignment and its load/save do not."
     )
 
 
 def restore_torchaudio() -> int:
-    """Undo what `ensure_torchaudio(mend=True)` did, after CUDA torch was installed. Returns how many files moved back."""
+    """Undo `ensure_torchaudio(mend=True)`, after a CUDA torch was installed. Returns how many files moved back."""
     folder = torchaudio_folder()
     files = extension_files(folder, SET_ASIDE) if folder else []
     for file in files:
