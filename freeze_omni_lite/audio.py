@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .parts import ensure_torchaudio
 
 
 def exact(numerator: int, denominator: int) -> int:
@@ -103,6 +104,7 @@ def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
     """Band-limited resampling of (..., samples)."""
     if from_hz == to_hz:
         return waveform
+    ensure_torchaudio()
     from torchaudio.functional import resample as convert
 
     return convert(waveform, from_hz, to_hz)
@@ -139,6 +141,7 @@ class LogMel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        ensure_torchaudio()
         from torchaudio.compliance.kaldi import get_mel_banks
 
         banks, _ = get_mel_banks(N_MELS, N_FFT, SAMPLE_RATE_HZ, 20.0, 0.0, 100.0, -500.0, 1.0)
