@@ -1,4 +1,4 @@
-"""Two speech synthesisers behind one interface: espeak-ng (users, many voices) and hibari (answers, one voice).
+"""Two synthesisers behind one interface: espeak-ng (users, many voices) and hibari (answers, one voice).
 
 Paper: its dialogues are voiced by a synthesiser too ("Datasets"). Used by: samples.py.
 
@@ -8,6 +8,7 @@ reads one JSON request a line, and answers with a JSON line and 16-bit samples. 
 nor this process's main module, so they start in a fraction of a second, also from a notebook.
 """
 
+import functools
 import json
 import os
 import queue
@@ -104,6 +105,7 @@ def require(engine: str) -> None:
         )
 
 
+@functools.cache
 def version(engine: str) -> str:
     """Version of the package behind an engine; part of the audio cache's key."""
     require(engine)
