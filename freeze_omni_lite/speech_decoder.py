@@ -101,8 +101,12 @@ class TextProjection(nn.Sequential):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         inside = lengths_mask(lengths, x.shape[1])[..., None]
-        x = torch.where(inside, x, 0).to(self[1].weight.dtype)  # whatever stands in the padding has no effect
-        return super().forward(x).unflatten(-1, (self.vectors, -1)).flatten(1, 2)
+        dtype = self[1].weight.dtype
+        x = torch.where(inside, x, 0).to(dtype)  # whatever stands in the padding has no effect
+        x = (
+            super().forward(x).to(dtype)
+        )  # under autocast too, what the blocks add up keeps the weights' precision
+        return x.unflatten(-1, (self.vectors, -1)).flatten(1, 2)
 
 
 class SpeechDecoder(nn.Module):

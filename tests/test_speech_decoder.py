@@ -135,6 +135,14 @@ def test_the_past_never_hears_the_future():
     assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
+def test_mixed_precision_stays_close():
+    decoder, prefix_decoder = make()
+    exact = decoder(*batch(), prefix_decoder(*hidden_states(3)))["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = decoder(*batch(), prefix_decoder(*hidden_states(3)))["loss"]
+    torch.testing.assert_close(mixed, exact, atol=0.02, rtol=0)
+
+
 def test_every_trained_parameter_gets_a_gradient():
     decoder, prefix_decoder = make()
     decoder(*batch())["loss"].backward()
