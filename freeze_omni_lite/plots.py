@@ -184,7 +184,9 @@ def architecture(
     for arrow in ARROWS:
         draw_arrow(ax, *arrow)
     looks = (("trained here", TRAINED, "//"), ("frozen", FROZEN, "--"), ("not in use here", PAPER, ""))
-    keys = [Patch(facecolor=c, hatch=h, edgecolor=INK, label=n) for n, c, h in looks[: 3 if trained else 2]]
+    keys = [
+        Patch(facecolor=c, hatch=h, edgecolor=INK, label=n) for n, c, h in (looks if trained else looks[1:2])
+    ]
     ax.legend(
         handles=keys, loc="upper left", bbox_to_anchor=(0, 1.0), ncols=3, fontsize=8.5, handlelength=1.6
     )
