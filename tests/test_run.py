@@ -283,19 +283,26 @@ for _ in range(3):
 weights = torch.cat([p.detach().reshape(-1) for p in stage.parameters()])
 """
 KEEP = """
-pathlib.Path({folder!r}, f"weights{name}-{{training.rank()}}-of-{{training.world()}}").write_bytes(weights.numpy().tobytes())
+of = f"{{training.rank()}}-of-{{training.world()}}"
+pathlib.Path({folder!r}, f"weights{name}-{{of}}").write_bytes(weights.numpy().tobytes())
 pathlib.Path({folder!r}, f"pid{name}-{{training.rank()}}").write_text(str(os.getpid()))
 """
+
+
+def program(books: Path, tmp_path: Path) -> str:
+    """The command line on another folder of notebooks, as the text of a Python program."""
+    words = ["run", "all", "--scale", "tiny", "--device", "cpu", "--runs", str(tmp_path / "runs")]
+    return (
+        "import sys; from pathlib import Path; from freeze_omni_lite import __main__, run\n"
+        f"run.run.__kwdefaults__['notebooks'] = Path({str(books)!r})\n"
+        f"sys.exit(__main__.main({words!r}))\n"
+    )
 
 
 def torchrun(books: Path, tmp_path: Path) -> subprocess.CompletedProcess:
     """Two ranks on this machine, as the command of the README starts them, on another folder of notebooks."""
     script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys; from pathlib import Path; from freeze_omni_lite import __main__, run\n"
-        f"run.run.__kwdefaults__['notebooks'] = Path({str(books)!r})\n"
-        f"sys.exit(__main__.main(['run', 'all', '--scale', 'tiny', '--device', 'cpu', '--runs', {str(tmp_path / 'runs')!r}]))\n"
-    )
+    script.write_text(program(books, tmp_path))
     command = [
         sys.executable,
         "-m",
@@ -361,13 +368,8 @@ def test_a_signal_leaves_no_kernel(books, tmp_path, number):
     write_notebook(
         books, "01_first", worker + f"{log(tmp_path)}(f'{{os.getpid()}} {{w.pid}}')\n", "time.sleep(600)"
     )
-    program = (
-        "import sys; from pathlib import Path; from freeze_omni_lite import __main__, run\n"
-        f"run.run.__kwdefaults__['notebooks'] = Path({str(books)!r})\n"
-        f"sys.exit(__main__.main(['run', 'all', '--scale', 'tiny', '--runs', {str(tmp_path / 'runs')!r}]))\n"
-    )
     process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=run.ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program(books, tmp_path)], cwd=run.ROOT, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "log").exists() and time.monotonic() < deadline:
