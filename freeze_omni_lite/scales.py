@@ -96,6 +96,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         token_ctc_temperature=(15.0, 15.0, 15.0, 15.0, "ours", "scale of the cosine scores of token CTC"),
         token_ctc_weight=(0.1, 0.1, 0.1, 0.0, "ours", "weight of token CTC beside the LLM loss"),
         ctc_weight=(0.2, 0.2, 0.2, 0.0, "ours", "weight of character CTC beside the LLM loss"),
+        system_prompt=(*("Write down what the user says.",) * 3, "You are a helpful assistant.", "config", "system text"),
         utterances=(32, 5000, 200_000, 100_000_000, "derived", "transcribed utterances (the corpus of stage 1)"),
         test_utterances=(4, 100, 300, 2620, "ours", "unseen sentences in unseen voices"),
         augment=(False, True, True, True, "ours", "level, room, noise and SpecAugment"),
@@ -112,6 +113,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         llm=LLM,
         prompt_embeddings=(25, 25, 25, 25, "config", "trainable vectors before every question"),
         state_weight=(1.0, 1.0, 1.0, 1.0, "ours", "weight of the state loss beside the answer loss (paper: unknown)"),
+        decision_weight=(5.0, 5.0, 5.0, 5.0, "ours", "weight of a decision (1, 2) against a listening chunk (0)"),
         max_turns=(2, 4, 4, 4, "ours", "turns of one dialogue"),
         answer_tokens=(12, 32, 64, 128, "code", "longest answer, LLM tokens"),
         system_prompt=(
@@ -140,6 +142,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         take_turn_threshold=(0.5, 0.5, 0.5, 0.5, "code", "p1 above which the system answers"),
         no_response_threshold=(0.5, 0.5, 0.5, 0.5, "code", "p2 above which the turn is dropped (asked first)"),
         decision_delay_ms=(160, 160, 160, 160, "ours", "silence after the last voiced sample before the label"),
+        decision_weight=(5.0, 5.0, 5.0, 5.0, "ours", "weight of a decision (1, 2) against a listening chunk (0)"),
         timeout_ms=(2000, 2000, 2000, 2000, "code", "silence after which an unfinished turn is dropped"),
         **fitting(
             (120, 1500, 10_000, 20_000),

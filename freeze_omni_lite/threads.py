@@ -5,6 +5,7 @@ torch. Waiting threads sleep instead of spinning: two spinning threads on two bu
 """
 
 import os
+import sys
 
 OMP_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -28,6 +29,8 @@ def set_threads() -> int:
         os.environ[variable] = str(count)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "torch" in sys.modules:  # it was imported first and has already chosen
+        sys.modules["torch"].set_num_threads(count)
     return count
 
 

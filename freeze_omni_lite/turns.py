@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .frozen_llm import IGNORE, FrozenLLM
+from .text import ChatLayout
 
 
 @dataclass
@@ -43,12 +44,10 @@ class Row:
 
     def answer(self, ids: list[int], end: int | None) -> "Row":
         """Tokens to be learned, each predicted by the position before it, then `end` (None: left open)."""
-        self.answers.append((len(self), len(ids)))
-        self.labels[-1:] = ids[:1] or ([] if end is None else [end])
+        first, targets = len(self), ids + ([] if end is None else [end])
+        self.answers.append((first, len(ids)))
         self.tokens(ids)
-        following = ids[1:] + ([] if end is None else [end])
-        first = len(self) - len(ids)
-        self.labels[first : first + len(following)] = following
+        self.labels[first - 1 : first - 1 + len(targets)] = targets
         return self
 
 
@@ -71,3 +70,24 @@ def join(rows: list[Row]) -> Rows:
 def speech_states(hidden: Tensor, rows: list[Row]) -> list[Tensor]:
     """The hidden states of every stretch of speech, in order, each (vectors, width)."""
     return [hidden[b, first : first + count] for b, row in enumerate(rows) for first, count in row.speech]
+
+
+def text_turn(layout: ChatLayout, question: list[int]) -> list[int]:
+    """Token ids of a conversation whose first turn is `question` as text, open for the answer."""
+    return layout.system + layout.user + question + layout.assistant
+
+
+def answer_questions(llm: FrozenLLM, layout: ChatLayout, questions: list[str], max_tokens: int) -> list[str]:
+    """The frozen LLM's own greedy answers to questions as text, batched, cut after the last whole sentence."""
+    prompts = [text_turn(layout, llm.tokenizer.encode(question, add_special_tokens=False)) for question in questions]
+    return [whole_sentences(llm.tokenizer.decode(ids)) for ids in llm.answers(prompts, max_tokens)]
+
+
+def whole_sentences(text: str) -> str:
+    """Text up to its last sentence end, or all of it if there is none.
+
+    >>> whole_sentences("Paris. It lies on the")
+    'Paris.'
+    """
+    end = max(text.rfind(mark) for mark in ".!?")
+    return text[: end + 1].strip() if end >= 0 else text.strip()

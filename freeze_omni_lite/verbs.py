@@ -16,6 +16,7 @@ from .errors import InputError
 from .frozen_llm import predicting_states
 from .system import System
 from .text import collapse
+from .turns import text_turn
 
 SILENCE_AFTER_FILE_CHUNKS = -(-2000 // CHUNK_MS)  # at least 2 s of silence after the end of a recording
 TRANSCRIPT_TOKENS_PER_SECOND = 8  # fast speech has about five LLM tokens a second
@@ -121,7 +122,7 @@ def ask(system: System, question: str) -> str:
         raise InputError("the question is empty: write at least one word.")
     llm, layout, cache = system.llm, system.layout, system.llm.new_cache()
     ids = llm.tokenizer.encode(question, add_special_tokens=False)
-    hidden = llm.prefill(llm.embed([layout.system + layout.user + ids + layout.assistant]), cache)[:, -1:]
+    hidden = llm.prefill(llm.embed([text_turn(layout, ids)]), cache)[:, -1:]
     limit = system.stage("encoder_prompt").preset.answer_tokens
     return llm.tokenizer.decode([token for token, _ in llm.generate(hidden, cache, limit)]).strip()
 
@@ -146,7 +147,7 @@ def repeated(system: System, text: str) -> Iterator[tuple[int, Tensor]]:
     llm, layout = system.llm, system.layout
     ids = llm.tokenizer.encode(text.strip(), add_special_tokens=False)
     request = llm.tokenizer.encode("Repeat this: ", add_special_tokens=False)
-    before = layout.system + layout.user + request + ids + layout.assistant
+    before = text_turn(layout, request + ids)
     hidden = llm.prefill(llm.embed([before + ids]), llm.new_cache())[0]
     yield from zip(ids, predicting_states(hidden, len(before), len(ids)), strict=True)
 
