@@ -173,7 +173,8 @@ def prefix_beam_search(log_probs: Tensor, beam: int = 8) -> list[tuple[tuple[int
                     extend(grown, prefix, sums, unit, score)
         ranked = sorted(grown.items(), key=lambda item: log_add(*item[1]), reverse=True)
         beams = {prefix: (in_blank, in_unit) for prefix, (in_blank, in_unit) in ranked[:beam]}
-    return [(prefix, log_add(*sums)) for prefix, sums in beams.items()]
+    found = [(prefix, log_add(*sums)) for prefix, sums in beams.items()]
+    return [(prefix, score) for prefix, score in found if score > -math.inf]
 
 
 def extend(grown: dict, prefix: tuple[int, ...], sums: tuple[float, float], unit: int, score: float) -> None:
@@ -304,7 +305,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 def ending_ids(tokenizer: Any, user: list[int]) -> list[int]:
     """Ids that end an answer: the special token `user` begins with, and the tokenizer's end of sequence."""
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    ids = [token for token in user[:1] if token in special]
+    ids = [token for token in user[:1] if token in special and token != tokenizer.unk_token_id]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)
     if not ids:
@@ -384,7 +385,7 @@ class Segmenter:
 def is_abbreviation(word: str) -> bool:
     """Known ones, and initials such as "J." or "U.N."."""
     word = word.lstrip("\"'“‘([").lower()
-    return word in ABBREVIATIONS or bool(re.fullmatch(r"(?:[^\W\d_]\.)+", word)) or word in ("no.", "fig.")
+    return word in ABBREVIATIONS or bool(re.fullmatch(r"(?:[^\W\d_]\.)+", word))
 
 
 def clean_for_speech(text: str) -> str:

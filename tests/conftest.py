@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
+torch.set_num_threads(
+    1
+)  # tiny tensors: a second thread costs more than it brings; child processes choose anew
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
