@@ -56,7 +56,7 @@ lab: $(STAMP)
 set-up: $(STAMP)
 
 # torch comes first, so that nothing can ask for another build of it; afterwards that is checked.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found. Install it, or name it: make PYTHON=/path/to/python3." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { echo "Python's venv module does not work. On Debian and Ubuntu install python3-venv." >&2; exit 2; }
 	@echo "Installing torch, then about 160 packages: some minutes, once."
