@@ -38,10 +38,12 @@ def tokenize(codec: Codec, waveforms: list[Tensor], batch: int = 8) -> list[Tens
     """24 kHz waveforms (samples,) -> their codes (speech_tokens,), batched by length; padding leaves no trace."""
     order = sorted(range(len(waveforms)), key=lambda i: len(waveforms[i]))
     codes: dict[int, Tensor] = {}
+    device = next(codec.parameters()).device
     for first in range(0, len(order), batch):
         rows = order[first : first + batch]
         padded = pad_sequence([waveforms[i] for i in rows], batch_first=True)
-        found = codec.encode(padded.to(next(codec.parameters()).device)).cpu()
+        lengths = torch.tensor([len(waveforms[i]) for i in rows], device=device)
+        found = codec.encode(padded.to(device), lengths).cpu()
         codes |= {i: found[row, : -(-len(waveforms[i]) // HOP_SAMPLES)] for row, i in enumerate(rows)}
     return [codes[i] for i in range(len(waveforms))]
 

@@ -37,6 +37,10 @@ class System:
     def stage(self, name: str) -> stages.Stage:
         return self.source.stage(name)
 
+    def provenance(self) -> dict[str, dict[str, str]]:
+        """The stages used so far, for a trace."""
+        return self.source.provenance()
+
     def ready(self, module: torch.nn.Module) -> torch.nn.Module:
         """Frozen, in evaluation mode, on the device."""
         return module.requires_grad_(False).eval().to(self.device)
@@ -48,21 +52,36 @@ class System:
 
     @cached_property
     def llm(self) -> FrozenLLM:
-        name = next(p.llm for p in self.source.presets() if "llm" in p.values())
+        name = next(preset.llm for preset in self.source.presets() if "llm" in preset.values())
         return FrozenLLM.load(name, self.device)
 
     @cached_property
     def layout(self) -> ChatLayout:
+        """The chat of stage 3: questions and answers."""
         return ChatLayout.from_tokenizer(self.llm.tokenizer, self.stage("encoder_prompt").preset.system_prompt)
+
+    @cached_property
+    def transcript_layout(self) -> ChatLayout:
+        """The chat of stage 2: speech and its transcript."""
+        return ChatLayout.from_tokenizer(self.llm.tokenizer, self.stage("encoder_adapter").preset.system_prompt)
 
     @cached_property
     def features(self) -> LogMel:
         return self.ready(LogMel())
 
     @cached_property
+    def stage1_encoder(self) -> Encoder:
+        """The encoder as CTC alone left it; `transcribe --through ctc` reads with it."""
+        return self.restore("encoder_ctc", encoder=Encoder.from_preset(self.stage("encoder_ctc").preset))
+
+    @cached_property
+    def stage1_ctc_head(self) -> CTCHead:
+        return self.restore("encoder_ctc", ctc_head=CTCHead(self.stage1_encoder.width, len(self.units)))
+
+    @cached_property
     def encoder(self) -> Encoder:
-        encoder = Encoder.from_preset(self.stage("encoder_ctc").preset)
-        return self.restore("encoder_adapter", encoder=encoder)
+        """The encoder as stage 2 left it: it speaks to the LLM, and stage 3 keeps it frozen."""
+        return self.restore("encoder_adapter", encoder=Encoder.from_preset(self.stage("encoder_ctc").preset))
 
     @cached_property
     def units(self) -> CTCUnits:
@@ -70,7 +89,7 @@ class System:
 
     @cached_property
     def ctc_head(self) -> CTCHead:
-        """The character head as stage 2 left it: it reads the encoder that talks to the LLM."""
+        """The character head as stage 2 left it, for a transcript of what the LLM is hearing."""
         return self.restore("encoder_adapter", ctc_head=CTCHead(self.encoder.width, len(self.units)))
 
     @cached_property

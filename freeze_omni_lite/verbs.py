@@ -103,7 +103,7 @@ def transcribe_ctc(system: System, waveform: Tensor) -> str:
 
 def transcribe_llm(system: System, waveform: Tensor) -> str:
     """Encoder and adapter feed the frozen LLM, the task embeddings ask it for the transcript."""
-    llm, layout = system.llm, system.layout
+    llm, layout = system.llm, system.transcript_layout
     mels = system.features(pad_to_chunks(waveform)[None].to(system.device))
     frames, lengths = system.encoder(mels)
     vectors, _ = system.adapter(frames, lengths)

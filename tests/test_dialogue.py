@@ -29,7 +29,7 @@ class RandomSystem(System):
         torch.manual_seed(0)
         self.device = torch.device("cpu")
         self.llm = tiny.llm()
-        self.layout = ChatLayout.from_tokenizer(self.llm.tokenizer, "you are helpful")
+        self.layout = self.transcript_layout = ChatLayout.from_tokenizer(self.llm.tokenizer, "you are helpful")
         self.features = LogMel()
         self.encoder = self.stage1_encoder = self.ready(Encoder.from_preset(self.stage("encoder_ctc").preset))
         self.units = CTCUnits()
