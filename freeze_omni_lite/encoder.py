@@ -46,7 +46,7 @@ class GlobalNormalization(nn.Module):
         """Measure the statistics over tensors (..., frames, mels). Raises ValueError if there is no frame."""
         count, total, squares = 0, 0.0, 0.0
         for mels in utterances:
-            frames = mels.reshape(-1, mels.shape[-1]).double()  # a long sum of squares needs the digits
+            frames = mels.reshape(-1, mels.shape[-1]).cpu().double()  # a long sum of squares needs the digits
             count, total, squares = (
                 count + len(frames),
                 total + frames.sum(0),

@@ -162,8 +162,9 @@ def prefix_beam_search(log_probs: Tensor, beam: int = 8) -> list[tuple[tuple[int
     one path. Each prefix keeps two sums: paths that end in a blank, and paths that end in the prefix's last
     unit. Only the `beam + 1` likeliest units of a frame are tried.
     """
+    log_probs = log_probs.detach().cpu().double()
     beams: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
-    scores, units = log_probs.double().topk(min(beam + 1, log_probs.shape[1]))
+    scores, units = log_probs.topk(min(beam + 1, log_probs.shape[1]))
     for blank, *frame in zip(log_probs[:, BLANK].tolist(), scores.tolist(), units.tolist(), strict=True):
         grown: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [-math.inf, -math.inf])
         for prefix, sums in beams.items():
@@ -205,7 +206,7 @@ def viterbi_align(log_probs: Tensor, targets: Sequence[int]) -> list[int]:
     states[1::2] = torch.tensor(list(targets), dtype=torch.long)
     may_skip = torch.zeros(len(states), dtype=torch.bool)
     may_skip[3::2] = states[3::2] != states[1:-2:2]
-    emissions = log_probs.double()[:, states]
+    emissions = log_probs.detach().cpu().double()[:, states]
     score = torch.full((len(states),), -torch.inf, dtype=torch.float64)
     score[:2] = emissions[0, :2]
     moves = []
