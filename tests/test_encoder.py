@@ -200,3 +200,13 @@ def test_overfits_two_utterances(encoder):
         optimizer.step()
     assert loss < 0.1
     assert head.greedy(*encoder.eval()(x, lengths)) == targets
+
+
+@torch.no_grad()
+def test_mixed_precision_stays_close(encoder):
+    x = mels(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        short, _ = encoder(x)
+    exact, _ = encoder(x)
+    assert short.dtype == torch.float32
+    assert (short - exact).square().mean().sqrt() < 0.05 * exact.square().mean().sqrt()
