@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 
-REVIVAL_SHARE = 0.1  # of the uniform use: below it a code counts as dead
+REVIVAL_SHARE = 0.3  # of the uniform use: below it a code counts as dead
 SEED_NOISE = 0.01  # keeps two codes apart that are seeded from the same latent
 
 
