@@ -11,8 +11,7 @@ GPUS ?= 1
 # more for torchrun on several machines, for example TORCHRUN="--nnodes=2 --rdzv-endpoint=first:29500"
 TORCHRUN ?=
 # a recorded question to answer at the end, any audio file
-QUESTION ?= $(firstword $(wildcard data_samples/questions/*.wav data_samples/questions/*.flac data_samples/*/*.wav \
-  data_samples/*/*.flac data_samples/*.wav data_samples/*.flac))
+QUESTION ?= data_samples/questions/capital_of_france.wav
 # test workers, and more for pytest, for example PYTEST="-m 'not slow' tests/test_chunk.py"
 WORKERS ?= 2
 PYTEST ?=
@@ -36,7 +35,6 @@ endif
 
 course: $(STAMP)
 	$(RUN) run all --scale $(SCALE)
-	@test -n "$(QUESTION)" || { echo "No sample question in data_samples/; give one with QUESTION=file.wav." >&2; exit 2; }
 	$(BIN)/freeze-omni talk "$(QUESTION)" --scale $(SCALE) -o runs/$(SCALE)/answer.wav --json runs/$(SCALE)/answer.json
 	@echo
 	@echo "Look:   runs/$(SCALE)/index.html   every notebook as it ran, with figures and players"
