@@ -239,12 +239,10 @@ def check_writable(path: Path, inputs: list[Path]) -> None:
 
 
 def load_system(arguments: argparse.Namespace, *needs: str) -> "System":
-    """The stages that a verb needs, said on standard error."""
+    """The parts that a verb needs; where they come from is said on standard error."""
     from .system import System
 
-    system = System.load(arguments.scale, arguments.runs, needs, arguments.device)
-    print(f"stages: {system.source}", file=sys.stderr)
-    return system
+    return System.load(arguments.scale, arguments.runs, needs, arguments.device)
 
 
 def each_file(

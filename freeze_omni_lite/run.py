@@ -285,34 +285,35 @@ def is_current(notebook: Notebook, settings: Settings) -> bool:
     facts = json.loads(json.dumps(settings.facts(notebook)))
     if not done or any(record.get(name) != value or done.get(name) != value for name, value in facts.items()):
         return False
-    if not notebook.stage:
-        return record.get("parents") == parents_before(notebook, settings)
-    weights = folder / "weights.safetensors"
-    return done.get("weights") == (sha256_of(weights) if weights.is_file() else None) and all(
-        path.is_file() and sha256_of(path) == parent_hash
-        for path, parent_hash in parent_weights(record.get("parents", {}), settings)
-    )
+    if notebook.stage:
+        return stage_stands(folder, notebook.stage, settings)
+    return done.get("parents") == parents_before(notebook, settings)
 
 
-def parent_weights(parents: dict[str, str], settings: Settings) -> Iterator[tuple[Path, str]]:
-    for name, parent_hash in parents.items():
-        yield settings.root / name / "weights.safetensors", parent_hash
+def stage_stands(folder: Path, stage: str, settings: Settings) -> bool:
+    """Whether a stage folder is whole and its parents hold the weights that it was trained on."""
+    from . import stages
+
+    try:
+        trained = stages.read(folder, stage, settings.scale)
+        for full_name in trained.record["parents"]:
+            parent, _, variant = full_name.partition("@")
+            trained.check_parents(stages.load(parent, settings.scale, settings.runs, variant, quiet=True))
+    except UserError:
+        return False
+    return True
 
 
 def write_record(notebook: Notebook, settings: Settings, seconds: float) -> None:
     """run.json: the facts of a finished run, for --resume, the time left and the gallery."""
-    folder = settings.folder(notebook)
-    weights = folder / "weights.safetensors"
     record = settings.facts(notebook) | {
         "notebook": notebook.name,
         "title": notebook.title,
         "seconds": round(seconds, 1),
     }
-    if notebook.stage:
-        record["weights"] = sha256_of(weights) if weights.is_file() else None
-    else:
+    if not notebook.stage:
         record["parents"] = parents_before(notebook, settings)
-    atomic_write_json(folder / RUN_FILE, record)
+    atomic_write_json(settings.folder(notebook) / RUN_FILE, record)
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------

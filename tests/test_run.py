@@ -181,28 +181,22 @@ def test_changes_go_to_the_notebook_of_their_stage(books, tmp_path):
 
 
 STAGE = """
-import json, os, pathlib
-from freeze_omni_lite import __version__, scales
-folder = pathlib.Path(RUNS) / SCALE / "{stage}"
-folder.joinpath("weights.safetensors").write_text("{weights}")
-from freeze_omni_lite.files import sha256_of
-parents = {{name: sha256_of(folder.parent / name / "weights.safetensors") for name in {parents}}}
-record = dict(stage="{stage}", scale=SCALE, variant=VARIANT, changes=CHANGES, seed=SEED, parents=parents)
-record |= dict(preset=scales.load("{stage}", SCALE, **CHANGES).values(), library_version=__version__)
-record |= dict(source_hash=os.environ["FREEZE_OMNI_SOURCE_HASH"])
-folder.joinpath("stage.json").write_text(json.dumps(record))
+import torch
+from freeze_omni_lite import notebook
+here = notebook.start(SCALE, CHANGES, SEED, RUNS, VARIANT, stage="{stage}")
+part = torch.nn.Linear(2, 2)
+torch.nn.init.constant_(part.weight, {weight})
+torch.nn.init.zeros_(part.bias)
+here.save({{"part": part}}, parents=[here.load(name) for name in {parents}], metrics={{"loss": 1.0}})
 """
 
 
 def test_resume_keeps_what_agrees_and_runs_what_does_not(books, tmp_path, capsys):
-    def write(ctc: str = "a", more: str = "") -> None:
-        stage = STAGE.format(stage="encoder_ctc", weights=ctc, parents=[]) + more
+    def write(ctc: float = 1.0, more: str = "") -> None:
+        stage = STAGE.format(stage="encoder_ctc", weight=ctc, parents=[]) + more
+        child = STAGE.format(stage="encoder_adapter", weight=2.0, parents=["encoder_ctc"])
         write_notebook(books, "02_encoder_stage1_ctc", stage)
-        write_notebook(
-            books,
-            "03_encoder_stage2_adapter",
-            STAGE.format(stage="encoder_adapter", weights="b", parents=["encoder_ctc"]),
-        )
+        write_notebook(books, "03_encoder_stage2_adapter", child)
         write_notebook(books, "09_evaluation", "1")
 
     def again(**more) -> list[bool]:
@@ -215,7 +209,7 @@ def test_resume_keeps_what_agrees_and_runs_what_does_not(books, tmp_path, capsys
     assert again() == [True, True, True]
     write(more="\n# another source, the same weights")
     assert again() == [False, True, True]
-    write(ctc="other weights")
+    write(ctc=3.0)
     assert again() == [False, False, False], "children of changed weights run again"
     assert again(seed=2) == [False, False, False]
     assert again(seed=2, changes=["encoder_adapter.steps=3"]) == [True, False, True]
