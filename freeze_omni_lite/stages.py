@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from . import __version__, scales
 from .errors import StageMismatch, StageMissing
 from .files import atomic_write, atomic_write_json, sha256_of
+from .ranks import barrier, device, is_main, say, world
 from .threads import thread_count
-from .training import RESUME_FILE, barrier, device, is_main, say
+from .training import RESUME_FILE
 
 WEIGHTS_FILE = "weights.safetensors"
 RECORD_FILE = "stage.json"
@@ -289,7 +290,7 @@ def circumstances() -> dict[str, Any]:
         "python_version": platform.python_version(),
         "device": device_name(),
         "threads": thread_count(),
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "ranks": world(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

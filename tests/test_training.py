@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from freeze_omni_lite import scales, training
+from freeze_omni_lite import ranks, scales, training
 from freeze_omni_lite.errors import FrozenChanged, InputError, UserError
 from freeze_omni_lite.fingerprint import digest, fingerprint
 
@@ -174,6 +174,7 @@ def test_a_touched_frozen_tensor_is_named(tmp_path):
     stage = WithFrozen(touch=True)
     with pytest.raises(FrozenChanged, match=r"1 tensors of the frozen part 'llm' changed .* first: bias"):
         training.fit(stage, batches, preset(), tmp_path, frozen={"llm": stage.big})
+    assert not (tmp_path / "resume.pt").exists()  # a second try must not skip the training and pass
 
 
 def test_only_the_given_parts_train(tmp_path):
@@ -219,9 +220,9 @@ def test_device_and_precision(monkeypatch):
     with pytest.raises(InputError, match="no or bf16"):
         training.precision(torch.device("cpu"))
     monkeypatch.delenv("FREEZE_OMNI_PRECISION")
-    faster = training.bf16_speedup_on_cpu()
+    faster = ranks.bf16_speedup_on_cpu()
     assert faster > 0
-    assert training.precision(torch.device("cpu")) == ("bf16" if faster > training.CLEARLY_FASTER else "no")
+    assert training.precision(torch.device("cpu")) == ("bf16" if faster > ranks.CLEARLY_FASTER else "no")
 
 
 def test_bf16_trains_on_a_cpu_and_leaves_float32_weights(tmp_path, monkeypatch):
