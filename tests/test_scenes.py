@@ -1,0 +1,92 @@
+"""Duplex scenes: planned purely, voiced by users only, and labelled where the voice ends."""
+
+import pytest
+import torch
+
+from freeze_omni_lite import audio, samples, scenes, voices
+from freeze_omni_lite.audio import CHUNK_MS, SAMPLE_RATE_HZ
+from freeze_omni_lite.duplex import DialogueState
+from freeze_omni_lite.frozen_llm import IGNORE
+from freeze_omni_lite.samples import generator_for
+
+needs_voices = pytest.mark.skipif(
+    not (voices.available(voices.ESPEAK) and voices.available(voices.HIBARI)),
+    reason="no voices are installed",
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FREEZE_OMNI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield scenes.synthesize_scenes(scenes.plan_scenes(6, 6, 2, seed=1), workers=1, progress=False)
+
+
+def test_scenes_are_a_pure_function_of_the_seed():
+    assert scenes.plan_scenes(12, 12, 6, 1) == scenes.plan_scenes(12, 12, 6, 1)
+    assert scenes.plan_scenes(12, 12, 6, 1) != scenes.plan_scenes(12, 12, 6, 2)
+
+
+def test_scenes_of_the_splits_share_no_text_and_no_voice():
+    train, test = scenes.plan_scenes(600, 300, 150, 1, "train"), scenes.plan_scenes(120, 120, 60, 1, "test")
+    assert not {s.text for s in train if s.pieces} & {s.text for s in test if s.pieces}
+    users = [{s.voice.name for s in group if s.voice and s.kind != "echo"} for group in (train, test)]
+    assert not users[0] & users[1]
+
+
+def test_the_answer_voice_is_heard_in_echoes_only():
+    for scene in scenes.plan_scenes(60, 60, 20, 1):
+        if scene.voice:
+            assert (scene.voice == voices.ANSWER_VOICE) == (scene.kind == "echo")
+            assert not voices.is_reserved(scene.voice.name)
+
+
+def test_every_kind_occurs_and_says_what_it_is():
+    planned = scenes.plan_scenes(24, 24, 6, 1)
+    kinds = {scene.kind for scene in planned}
+    assert kinds == {*scenes.COMPLETE_KINDS, *scenes.NOT_ADDRESSED_KINDS, "unfinished"}
+    for scene in planned:
+        assert scene.addressed == (scene.kind not in scenes.NOT_ADDRESSED_KINDS)
+        assert scene.complete == (scene.kind != "unfinished")
+        assert all(pause <= 1.0 for pause in scene.pauses_seconds[1:-1])
+
+
+@needs_voices
+def test_the_voice_ends_where_the_timeline_says(made):
+    for scene in made:
+        waveform, timeline, segments = scenes.duplex_sample(scene, generator_for(1), room=False)
+        assert len(waveform) / SAMPLE_RATE_HZ == timeline.duration_seconds
+        assert timeline.duration_seconds == pytest.approx(scene.duration_seconds, abs=0.01)
+        assert segments[-1][1] == timeline.last_voiced_seconds
+        end = round(timeline.last_voiced_seconds * SAMPLE_RATE_HZ)
+        begin = round(segments[-1][0] * SAMPLE_RATE_HZ)
+        assert audio.level_db(waveform[begin:end]) > audio.level_db(waveform[end:]) + 2, scene.kind
+
+
+@needs_voices
+def test_a_scene_is_repeatable(made):
+    first, again, other = (scenes.duplex_sample(made[0], generator_for(seed)).waveform for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@needs_voices
+def test_batches_carry_one_decision_for_each_scene(made):
+    data = scenes.DuplexScenes(made, batch_seconds=1000)
+    batch = data(0)
+    assert batch["labels"].shape == (len(made), int(batch["chunk_lengths"].max()))
+    for scene, timeline, row in zip(
+        batch["scenes"], batch["timelines"], batch["labels"].tolist(), strict=True
+    ):
+        decided = [(chunk, label) for chunk, label in enumerate(row) if label not in (0, IGNORE)]
+        wanted = DialogueState.TAKE_TURN if scene.complete and scene.addressed else DialogueState.NO_RESPONSE
+        assert [label for _, label in decided] == [wanted], scene.kind
+        assert (decided[0][0] + 1) * CHUNK_MS >= 1000 * timeline.last_voiced_seconds + 160
+
+
+@needs_voices
+def test_every_scene_is_seen_once_in_a_pass(made):
+    data = scenes.DuplexScenes(made, batch_seconds=15)
+    seen = [scene.id for step in range(len(data)) for scene in data(step)["scenes"]]
+    assert sorted(seen) == sorted(scene.id for scene in made)
+    assert data.recipe == scenes.DuplexScenes(made, batch_seconds=15).recipe
+    assert samples.recipe_of(made) != samples.recipe_of(made[1:])
