@@ -16,7 +16,9 @@ def rotation(positions: Tensor, head_width: int, base: float = 10_000.0) -> Rota
     Angles are computed in double precision: at 25 frames a second, an hour of audio reaches position 90,000, where
     single precision would already be wrong in the third decimal.
     """
-    where = "cpu" if positions.device.type == "mps" else positions.device  # Apple's GPU has no double precision
+    where = (
+        "cpu" if positions.device.type == "mps" else positions.device
+    )  # Apple's GPU has no double precision
     frequencies = base ** (-torch.arange(0, head_width, 2, device=where, dtype=torch.float64) / head_width)
     angles = torch.atleast_2d(positions).to(where, torch.float64)[..., None] * frequencies
     return tuple(f(angles)[:, None].to(positions.device, torch.float32) for f in (torch.cos, torch.sin))
@@ -121,7 +123,9 @@ class TransformerBlock(nn.Module):
     gated     True: SwiGLU as in Llama (the speech decoder); False: two linear layers and a ReLU (the encoder)
     """
 
-    def __init__(self, width: int, heads: int, feed_forward_width: int, gated: bool = True, dropout: float = 0.0):
+    def __init__(
+        self, width: int, heads: int, feed_forward_width: int, gated: bool = True, dropout: float = 0.0
+    ):
         super().__init__()
         if width % heads or (width // heads) % 2:
             raise ValueError(f"width {width} does not split into {heads} heads of even width")
@@ -134,7 +138,9 @@ class TransformerBlock(nn.Module):
         self.down = nn.Linear(feed_forward_width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: Rotation, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """(batch, tokens, width) -> the same shape.
 
         mask   bool, broadcast to (batch, heads, tokens, keys), True where attention is allowed; None: everywhere

@@ -70,11 +70,15 @@ def load(path: str | Path, sample_rate_hz: int = SAMPLE_RATE_HZ) -> Tensor:
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise InputError(f"{path} cannot be read as audio ({error}): give a wav, flac, ogg or mp3 file.") from None
+        raise InputError(
+            f"{path} cannot be read as audio ({error}): give a wav, flac, ogg or mp3 file."
+        ) from None
     if samples.shape[0] == 0:
         raise InputError(f"{path} holds no samples: give a recording of at least one chunk ({CHUNK_MS} ms).")
     if not np.isfinite(samples).all():
-        raise InputError(f"{path} holds NaN or infinite samples: export it again with values between -1 and 1.")
+        raise InputError(
+            f"{path} holds NaN or infinite samples: export it again with values between -1 and 1."
+        )
     return resample(torch.from_numpy(samples.mean(axis=1)), rate, sample_rate_hz)
 
 
@@ -93,7 +97,9 @@ def save(path: str | Path, waveform: Tensor, sample_rate_hz: int) -> Path:
         soundfile.write(partial, data, sample_rate_hz, subtype="PCM_16")
         partial.replace(path)
     except (OSError, ValueError, TypeError, soundfile.LibsndfileError) as error:
-        raise InputError(f"{path} cannot be written ({error}): choose a .wav or .flac path that you may write.") from None
+        raise InputError(
+            f"{path} cannot be written ({error}): choose a .wav or .flac path that you may write."
+        ) from None
     finally:
         with suppress(OSError):  # a folder that cannot be written holds no partial file either
             partial.unlink()
@@ -170,4 +176,3 @@ class LogMel(nn.Module):
         windowed = (frames - PREEMPHASIS * previous) * self.window
         power = torch.fft.rfft(windowed, n=N_FFT).abs().square()
         return (power @ self.mel_weights).clamp_min(LOG_FLOOR).log()
-

@@ -45,17 +45,29 @@ def first_difference(a: Tensor, b: Tensor, tolerance: float, dim: int = 1) -> in
 
 @torch.no_grad()
 def assert_streaming_equals_offline(
-    module: nn.Module, x: Tensor, size: int, dim: int = 1, offline: Callable | None = None, tolerance: float = 1e-4
+    module: nn.Module,
+    x: Tensor,
+    size: int,
+    dim: int = 1,
+    offline: Callable | None = None,
+    tolerance: float = 1e-4,
 ) -> None:
     """Proof 1. Raises AssertionError that names the first output index that differs."""
     whole = (offline or module)(x)
     place = first_difference(stream(module, x, size, dim), whole, tolerance)
-    assert place is None, f"streaming differs from offline at output {place} of {whole.shape[1]} (pieces of {size})"
+    assert place is None, (
+        f"streaming differs from offline at output {place} of {whole.shape[1]} (pieces of {size})"
+    )
 
 
 @torch.no_grad()
 def assert_past_never_changes(
-    function: Callable[[Tensor], Tensor], x: Tensor, cut: int, kept: int, dim: int = 1, tolerance: float = 1e-5
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    cut: int,
+    kept: int,
+    dim: int = 1,
+    tolerance: float = 1e-5,
 ) -> None:
     """Proof 2: changing x from index `cut` on leaves the first `kept` outputs (along dim 1) as they were."""
     changed = x.clone()

@@ -173,7 +173,9 @@ class Session:
         hidden = s.llm.prefill(s.llm.embed([s.layout.assistant]), self.cache)[:, -1:]
         limit = s.stage("encoder_prompt").preset.answer_tokens
         text = ""
-        for piece in spoken_pieces(s, self.stopwatch.passing("first_text", s.llm.generate(hidden, self.cache, limit))):
+        for piece in spoken_pieces(
+            s, self.stopwatch.passing("first_text", s.llm.generate(hidden, self.cache, limit))
+        ):
             if isinstance(piece, str):
                 text += piece
                 yield Event("text", self.t_ms, piece)

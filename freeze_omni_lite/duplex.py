@@ -38,7 +38,9 @@ class Timeline:
     addressed: bool
 
 
-def label_chunks(timeline: Timeline, chunks: int, decision_delay_ms: int = 160, timeout_ms: int = 2000) -> Tensor:
+def label_chunks(
+    timeline: Timeline, chunks: int, decision_delay_ms: int = 160, timeout_ms: int = 2000
+) -> Tensor:
     """Dialogue-state labels (chunks,) of one turn: 0, then one decision (1 or 2), then IGNORE.
 
     The decision stands on the first chunk that ends at least `decision_delay_ms` after the last voiced sample: 1 for
@@ -57,7 +59,7 @@ def label_chunks(timeline: Timeline, chunks: int, decision_delay_ms: int = 160, 
 
 
 def decision_chunk(last_voiced_seconds: float, wait_ms: int) -> int:
-    """Index of the first chunk that ends `wait_ms` or more after the last voiced sample; chunk k ends at (k+1) * 160 ms."""
+    """Index of the first chunk that ends `wait_ms` or more after the last voiced sample."""
     due_ms = round(last_voiced_seconds * 1000) + wait_ms
     return max(0, -(-due_ms // CHUNK_MS) - 1)
 
@@ -89,7 +91,9 @@ def state_loss(scores: Tensor, labels: Tensor, decision_weight: float = 1.0) -> 
                      chunks of 0 for each decision
     """
     weights = scores.new_tensor([1.0, decision_weight, decision_weight])
-    return F.cross_entropy(scores.flatten(0, -2).float(), labels.flatten(), weights.float(), ignore_index=IGNORE)
+    return F.cross_entropy(
+        scores.flatten(0, -2).float(), labels.flatten(), weights.float(), ignore_index=IGNORE
+    )
 
 
 def decide(p: Tensor, take_turn_threshold: float = 0.5, no_response_threshold: float = 0.5) -> DialogueState:

@@ -23,12 +23,16 @@ def hash_tensor(tensor: torch.Tensor) -> str:
 
 def digest(hashes: dict[str, str]) -> str:
     """One short name for all tensors together."""
-    return hashlib.sha256("".join(f"{name}{value}" for name, value in sorted(hashes.items())).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        "".join(f"{name}{value}" for name, value in sorted(hashes.items())).encode()
+    ).hexdigest()[:16]
 
 
 def assert_unchanged(before: dict[str, str], after: dict[str, str], what: str) -> None:
     """Raise FrozenChanged that counts the changed tensors and names the first."""
-    changed = [name for name in before if after.get(name) != before[name]] + [n for n in after if n not in before]
+    changed = [name for name in before if after.get(name) != before[name]] + [
+        n for n in after if n not in before
+    ]
     if changed:
         raise FrozenChanged(
             f"{len(changed)} tensors of {what} changed during training, first: {changed[0]}. Is it in the optimiser?"

@@ -73,7 +73,9 @@ class FrozenLLM(nn.Module):
         self.train(False)
 
     @classmethod
-    def load(cls, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "FrozenLLM":
+    def load(
+        cls, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "FrozenLLM":
         """Load "smollm2", a Hugging Face id, or a local folder. Raises InputError if there is no such model."""
         source = smollm2_folder() if name == "smollm2" else name
         try:
@@ -81,7 +83,9 @@ class FrozenLLM(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise InputError(f"no language model {name!r} ({reason}): give a Hugging Face id or a folder.") from None
+            raise InputError(
+                f"no language model {name!r} ({reason}): give a Hugging Face id or a folder."
+            ) from None
         return cls(model, tokenizer, name)
 
     def train(self, mode: bool = True) -> "FrozenLLM":
@@ -151,7 +155,9 @@ class FrozenLLM(nn.Module):
                 f"the conversation needs {after} positions, the language model has {self.positions}: "
                 "start a new conversation or speak more briefly."
             )
-        out = self.model.base_model(inputs_embeds=vectors.to(self.embedding_table.dtype), past_key_values=cache)
+        out = self.model.base_model(
+            inputs_embeds=vectors.to(self.embedding_table.dtype), past_key_values=cache
+        )
         return out.last_hidden_state
 
     def step(self, token_id: int, cache: LLMCache) -> Tensor:
@@ -160,7 +166,12 @@ class FrozenLLM(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, hidden: Tensor, cache: LLMCache, max_tokens: int, temperature: float = 0.0, top_k: int = 20,
+        self,
+        hidden: Tensor,
+        cache: LLMCache,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 20,
         generator: torch.Generator | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Continue a conversation whose last hidden state is `hidden` (1, 1, width), until an end token.
@@ -182,17 +193,23 @@ class FrozenLLM(nn.Module):
         results: list[list[int]] = [[] for _ in prompts]
         for first in range(0, len(order), batch):
             rows = order[first : first + batch]
-            for row, tokens in zip(rows, self._answer_batch([prompts[i] for i in rows], max_tokens), strict=True):
+            for row, tokens in zip(
+                rows, self._answer_batch([prompts[i] for i in rows], max_tokens), strict=True
+            ):
                 results[row] = tokens
         return results
 
     def _answer_batch(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         longest = max(len(prompt) for prompt in prompts)
         padding = [longest - len(prompt) for prompt in prompts]
-        ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)], device=self.device)
+        ids = torch.tensor(
+            [[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)], device=self.device
+        )
         out = self.model.generate(
             ids,
-            attention_mask=(torch.arange(longest)[None] >= torch.tensor(padding)[:, None]).long().to(self.device),
+            attention_mask=(torch.arange(longest)[None] >= torch.tensor(padding)[:, None])
+            .long()
+            .to(self.device),
             max_new_tokens=max_tokens,
             do_sample=False,
             eos_token_id=sorted(self.end_tokens),

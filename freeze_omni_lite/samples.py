@@ -27,7 +27,7 @@ from .audio import CHUNK_SAMPLES, SAMPLE_RATE_HZ, SPEECH_SAMPLE_RATE_HZ
 from .augmentation import augment, uniform
 from .errors import InputError, PartMissing
 from .files import atomic_write, atomic_write_bytes, atomic_write_text
-from .parts import cache_dir
+from .parts import cache_dir, ensure_torchaudio
 from .voices import ANSWER_VOICE, ESPEAK, HIBARI, Voice
 
 CACHE_LIMIT_BYTES = 6 * 1024**3  # flac files of about 25 kB a second of speech: some 60 hours
@@ -257,6 +257,7 @@ def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
     if from_hz == to_hz:
         return waveform
     if (from_hz, to_hz) not in _resamplers:
+        ensure_torchaudio()
         from torchaudio.transforms import Resample
 
         _resamplers[from_hz, to_hz] = Resample(from_hz, to_hz)

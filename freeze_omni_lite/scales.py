@@ -16,18 +16,34 @@ from .errors import InputError
 SCALES = ("tiny", "laptop", "gpu", "paper")
 SOURCES = ("stated", "config", "code", "derived", "ours")
 LLM = ("smollm2", "smollm2", "smollm2", "Qwen/Qwen2-7B-Instruct", "stated", "the text LLM that stays frozen")
-CORPUS = ("synthetic", "synthetic", "synthetic", "manifest", "stated", "synthetic: voiced here; manifest: jsonl of real audio")
+CORPUS = (
+    "synthetic",
+    "synthetic",
+    "synthetic",
+    "manifest",
+    "stated",
+    "synthetic: voiced here; manifest: jsonl of real audio",
+)
 MANIFEST = ("", "", "", "", "ours", "path of the jsonl manifest, if corpus is manifest")
 
 
-def fitting(steps: tuple, batch_seconds: tuple, learning_rate: tuple, warmup_steps: tuple, **more: tuple) -> dict:
+def fitting(
+    steps: tuple, batch_seconds: tuple, learning_rate: tuple, warmup_steps: tuple, **more: tuple
+) -> dict:
     """Rows that every trained stage shares; the caller's rows win."""
     rows = dict(
         steps=(*steps, "ours", "optimiser steps"),
         batch_seconds=(*batch_seconds, "ours", "audio in one batch of one rank, s"),
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
-        schedule=("cosine", "cosine", "cosine", "warmup", "config", "after warm-up: cosine to a tenth, or inverse square root"),
+        schedule=(
+            "cosine",
+            "cosine",
+            "cosine",
+            "warmup",
+            "config",
+            "after warm-up: cosine to a tenth, or inverse square root",
+        ),
         accumulate=(1, 1, 1, 1, "config", "batches added up per optimiser step"),
         weight_decay=(0.01, 0.01, 0.01, 0.01, "config", "AdamW weight decay"),
         beta2=(0.99, 0.99, 0.99, 0.99, "config", "AdamW second momentum"),
@@ -38,6 +54,7 @@ def fitting(steps: tuple, batch_seconds: tuple, learning_rate: tuple, warmup_ste
     return rows | more
 
 
+# fmt: off
 STAGES: dict[str, dict[str, tuple]] = {
     "codec": dict(
         codebook_size=(64, 1024, 1024, 1024, "stated", "codes in the one codebook"),
@@ -96,7 +113,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         token_ctc_temperature=(15.0, 15.0, 15.0, 15.0, "ours", "scale of the cosine scores of token CTC"),
         token_ctc_weight=(0.1, 0.1, 0.1, 0.0, "ours", "weight of token CTC beside the LLM loss"),
         ctc_weight=(0.2, 0.2, 0.2, 0.0, "ours", "weight of character CTC beside the LLM loss"),
-        system_prompt=(*("Write down what the user says.",) * 3, "You are a helpful assistant.", "config", "system text"),
+        system_prompt=(*["Write down what the user says."] * 3, "You are a helpful assistant.", "config", "system"),
         utterances=(32, 5000, 200_000, 100_000_000, "derived", "transcribed utterances (the corpus of stage 1)"),
         test_utterances=(4, 100, 300, 2620, "ours", "unseen sentences in unseen voices"),
         augment=(False, True, True, True, "ours", "level, room, noise and SpecAugment"),
@@ -153,7 +170,7 @@ STAGES: dict[str, dict[str, tuple]] = {
     ),
     "speech_tokens": dict(
         llm=LLM,
-        sentences=(24, 2500, 20_000, 2_000_000, "derived", "free sentences voiced and tokenised (paper: about 3,000 h)"),
+        sentences=(24, 2500, 20_000, 2_000_000, "derived", "free sentences, voiced and tokenised (about 3,000 h)"),
         answers=(8, 500, 5_000, 60_000, "stated", "answers of the frozen LLM voiced and tokenised"),
         test_sentences=(4, 30, 200, 1000, "stated", "unseen sentences (T2: 1,000)"),
         answer_tokens=(12, 32, 64, 128, "code", "longest answer, LLM tokens"),
@@ -168,7 +185,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         feed_forward_width=(128, 1024, 2048, 4864, "config", "feed-forward size"),
         layers=(2, 4, 4, 4, "stated", "blocks shared by NAR prefill and AR steps"),
         pre_network_layers=(1, 2, 2, 2, "code", "bidirectional blocks on the text before the NAR prefill; 0: none"),
-        vectors_per_text_token=(2, 2, 2, 4, "code", "decoder positions per text token (released: reshape 3584 = 4 x 896)"),
+        vectors_per_text_token=(2, 2, 2, 4, "code", "decoder positions per text token (released: 3584 = 4 x 896)"),
         dropout=(0.0, 0.1, 0.1, 0.1, "config", "dropout"),
         top_k=(2, 2, 2, 2, "config", "AR sampling keeps the k likeliest tokens"),
         repetition_window=(0, 0, 0, 0, "config", "recent tokens that are made less likely; 0: off"),
@@ -192,6 +209,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         ),
     ),
 }
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -213,7 +231,9 @@ class Preset:
         try:
             return MappingProxyType(self.values())[name]
         except KeyError:
-            raise AttributeError(f"stage {self.stage} has no setting {name!r}{nearest(name, self.values())}") from None
+            raise AttributeError(
+                f"stage {self.stage} has no setting {name!r}{nearest(name, self.values())}"
+            ) from None
 
     def show(self) -> None:
         """Print the table of this stage, its own column marked, changed values with a star."""
@@ -240,7 +260,9 @@ def fitted(name: str, value: Any, example: Any) -> Any:
     if isinstance(example, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(example):
-        raise InputError(f"{name} is {value!r}, expected {type(example).__name__} such as {example!r}: change the value.")
+        raise InputError(
+            f"{name} is {value!r}, expected {type(example).__name__} such as {example!r}: change the value."
+        )
     return value
 
 
@@ -266,7 +288,9 @@ def table(stage: str, scale: str | None = None, changes: dict[str, Any] | None =
             cells[SCALES.index(scale)] = f"{brief(changes[name])}*"
         rows.append([name, *cells, source, meaning])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def brief(value: Any) -> str:

@@ -29,8 +29,13 @@ class System:
         self.source, self.device = source, pick_device(device)
 
     @classmethod
-    def load(cls, scale: str | None = None, runs: str = "runs", needs: tuple[str, ...] = LISTENING + SPEAKING,
-             device: str | None = None) -> "System":
+    def load(
+        cls,
+        scale: str | None = None,
+        runs: str = "runs",
+        needs: tuple[str, ...] = LISTENING + SPEAKING,
+        device: str | None = None,
+    ) -> "System":
         """The best chain of stages that is there (see stages.source), or the one at `scale`. Raises StageMissing."""
         return cls(stages.source(needs, runs, scale), device)
 
@@ -48,7 +53,7 @@ class System:
     def restore(self, stage: str, **modules: torch.nn.Module) -> torch.nn.Module:
         """Fill modules from a stage folder; returns the first one, ready."""
         self.stage(stage).restore(**modules)
-        return [self.ready(module) for module in modules.values()][0]
+        return next(self.ready(module) for module in modules.values())
 
     @cached_property
     def llm(self) -> FrozenLLM:
@@ -58,12 +63,16 @@ class System:
     @cached_property
     def layout(self) -> ChatLayout:
         """The chat of stage 3: questions and answers."""
-        return ChatLayout.from_tokenizer(self.llm.tokenizer, self.stage("encoder_prompt").preset.system_prompt)
+        return ChatLayout.from_tokenizer(
+            self.llm.tokenizer, self.stage("encoder_prompt").preset.system_prompt
+        )
 
     @cached_property
     def transcript_layout(self) -> ChatLayout:
         """The chat of stage 2: speech and its transcript."""
-        return ChatLayout.from_tokenizer(self.llm.tokenizer, self.stage("encoder_adapter").preset.system_prompt)
+        return ChatLayout.from_tokenizer(
+            self.llm.tokenizer, self.stage("encoder_adapter").preset.system_prompt
+        )
 
     @cached_property
     def features(self) -> LogMel:

@@ -21,7 +21,9 @@ class Row:
     llm: FrozenLLM
     vectors: list[Tensor] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    speech: list[tuple[int, int]] = field(default_factory=list)  # (first position, count) of every stretch of speech
+    speech: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # (first position, count) of every stretch of speech
     answers: list[tuple[int, int]] = field(default_factory=list)  # likewise for learned tokens
 
     def __len__(self) -> int:
@@ -79,7 +81,9 @@ def text_turn(layout: ChatLayout, question: list[int]) -> list[int]:
 
 def answer_questions(llm: FrozenLLM, layout: ChatLayout, questions: list[str], max_tokens: int) -> list[str]:
     """The frozen LLM's own greedy answers to questions as text, batched, cut after the last whole sentence."""
-    prompts = [text_turn(layout, llm.tokenizer.encode(question, add_special_tokens=False)) for question in questions]
+    prompts = [
+        text_turn(layout, llm.tokenizer.encode(question, add_special_tokens=False)) for question in questions
+    ]
     return [whole_sentences(llm.tokenizer.decode(ids)) for ids in llm.answers(prompts, max_tokens)]
 
 

@@ -29,7 +29,10 @@ class SpeechGate:
     def step(self, samples: Tensor) -> bool:
         """One 160 ms chunk (2560 samples,) at 16 kHz."""
         with torch.inference_mode():
-            scores = [float(self.model(window, 16_000)) for window in samples.view(WINDOWS_PER_CHUNK, WINDOW_SAMPLES)]
+            scores = [
+                float(self.model(window, 16_000))
+                for window in samples.view(WINDOWS_PER_CHUNK, WINDOW_SAMPLES)
+            ]
         speech = sum(score > self.threshold for score in scores) >= self.windows
         self.silence_ms = 0 if speech else self.silence_ms + CHUNK_MS
         return speech

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .audio import CHUNK_MS, CHUNK_SAMPLES, ENCODER_FRAMES_PER_CHUNK, SPEECH_SAMPLE_RATE_HZ, exact, pad_to_chunks
+from .audio import (
+    CHUNK_MS,
+    CHUNK_SAMPLES,
+    ENCODER_FRAMES_PER_CHUNK,
+    SPEECH_SAMPLE_RATE_HZ,
+    exact,
+    pad_to_chunks,
+)
 from .dialogue import Event, Segment, Session, speak_segment, spoken_pieces
 from .duplex import DialogueState
 from .errors import InputError
@@ -49,7 +56,9 @@ def talk(system: System, waveform: Tensor, *, seed: int = 1, end_of_file: str = 
     forced = undecided and end_of_file == "force"
     if undecided:
         events.extend(session.close(DialogueState.TAKE_TURN if forced else DialogueState.NO_RESPONSE))
-    return Turn(joined(events, "audio"), trace(session, events, forced, undecided, time.perf_counter() - started))
+    return Turn(
+        joined(events, "audio"), trace(session, events, forced, undecided, time.perf_counter() - started)
+    )
 
 
 def joined(events: list[Event], kind: str) -> Tensor:
@@ -57,7 +66,9 @@ def joined(events: list[Event], kind: str) -> Tensor:
     return torch.cat([torch.zeros(0)] + [event.data for event in events if event.kind == kind])
 
 
-def trace(session: Session, events: list[Event], forced: bool, undecided: bool, seconds: float) -> dict[str, Any]:
+def trace(
+    session: Session, events: list[Event], forced: bool, undecided: bool, seconds: float
+) -> dict[str, Any]:
     """The record of one turn. latency_ms.total runs from the decision to the first audio, as in the paper's table."""
     states = [event.data for event in events if event.kind == "state"]
     closed = next((event.data for event in events if event.kind == "closed"), None)
@@ -77,7 +88,11 @@ def trace(session: Session, events: list[Event], forced: bool, undecided: bool, 
             "first_token_to_first_pcm": between("first_token", "first_pcm"),
             "total": between("decision", "first_pcm"),
         },
-        "seconds": {"heard": len(states) * CHUNK_MS / 1000, "spoken": round(audio_seconds, 2), "wall": round(seconds, 2)},
+        "seconds": {
+            "heard": len(states) * CHUNK_MS / 1000,
+            "spoken": round(audio_seconds, 2),
+            "wall": round(seconds, 2),
+        },
         "rtf": round(seconds / (len(states) * CHUNK_MS / 1000 + audio_seconds), 3),
         "stages": session.system.provenance(),
         "judge": None,
@@ -111,7 +126,9 @@ def transcribe_llm(system: System, waveform: Tensor) -> str:
     cache = llm.new_cache()
     row = torch.cat([*opening, vectors[0], llm.embed(layout.assistant)])
     hidden = llm.prefill(row[None], cache)[:, -1:]
-    limit = 16 + TRANSCRIPT_TOKENS_PER_SECOND * frames.shape[1] * CHUNK_MS // (1000 * ENCODER_FRAMES_PER_CHUNK)
+    limit = 16 + TRANSCRIPT_TOKENS_PER_SECOND * frames.shape[1] * CHUNK_MS // (
+        1000 * ENCODER_FRAMES_PER_CHUNK
+    )
     return llm.tokenizer.decode([token for token, _ in llm.generate(hidden, cache, limit)]).strip()
 
 
@@ -139,7 +156,10 @@ def speak(system: System, text: str, seed: int = 1) -> tuple[Tensor, dict[str, A
         raise InputError(f"there is nothing to say in {text!r}: write at least one word.")
     audio = [piece for segment in pieces for piece in speak_segment(system, segment, generator)]
     waveform = torch.cat(audio)
-    return waveform, {"segments": [p.text for p in pieces], "seconds": waveform.shape[0] / SPEECH_SAMPLE_RATE_HZ}
+    return waveform, {
+        "segments": [p.text for p in pieces],
+        "seconds": waveform.shape[0] / SPEECH_SAMPLE_RATE_HZ,
+    }
 
 
 def repeated(system: System, text: str) -> Iterator[tuple[int, Tensor]]:

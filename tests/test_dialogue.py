@@ -29,13 +29,17 @@ class RandomSystem(System):
         torch.manual_seed(0)
         self.device = torch.device("cpu")
         self.llm = tiny.llm()
-        self.layout = self.transcript_layout = ChatLayout.from_tokenizer(self.llm.tokenizer, "you are helpful")
+        self.layout = self.transcript_layout = ChatLayout.from_tokenizer(
+            self.llm.tokenizer, "you are helpful"
+        )
         self.features = LogMel()
         self.encoder = self.stage1_encoder = self.ready(Encoder.from_preset(self.stage("encoder_ctc").preset))
         self.units = CTCUnits()
         self.ctc_head = self.stage1_ctc_head = self.ready(CTCHead(self.encoder.width, len(self.units)))
         rms = self.llm.embedding_rms
-        adapter = Adapter.from_preset(self.stage("encoder_adapter").preset, self.encoder.width, self.llm.width, rms)
+        adapter = Adapter.from_preset(
+            self.stage("encoder_adapter").preset, self.encoder.width, self.llm.width, rms
+        )
         self.adapter = self.ready(adapter)
         self.task_embedding = self.ready(TaskEmbedding(4, self.llm.width))
         self.prompt_embedding = self.ready(PromptEmbedding(25, self.llm.width))
@@ -182,7 +186,9 @@ def test_nothing_to_say_and_nothing_to_ask(system):
 
 
 def test_states_go_with_the_segment_they_predicted(system):
-    ids = system.llm.tokenizer.encode("hello . the capital of france is paris . yes", add_special_tokens=False)
+    ids = system.llm.tokenizer.encode(
+        "hello . the capital of france is paris . yes", add_special_tokens=False
+    )
     pairs = [(token, torch.full((4,), float(i))) for i, token in enumerate(ids)]
     pieces = list(spoken_pieces(system, iter(pairs)))
     segments = [p for p in pieces if not isinstance(p, str)]

@@ -88,13 +88,17 @@ def test_generated_states_equal_teacher_forced_ones(llm):
     opening = vectors_of(llm, 6)
     cache = llm.new_cache()
     hidden = llm.prefill(opening, cache)[:, -1:]
-    generated = list(llm.generate(hidden, cache, 12, temperature=1.0, generator=torch.Generator().manual_seed(3)))
+    generated = list(
+        llm.generate(hidden, cache, 12, temperature=1.0, generator=torch.Generator().manual_seed(3))
+    )
     tokens = [token for token, _ in generated]
     assert len(tokens) > 2
     whole = llm.hidden(torch.cat([opening, llm.embed([tokens])], 1))[0]
     forced = predicting_states(whole, 6, len(tokens))
     assert torch.allclose(torch.stack([state for _, state in generated]), forced, atol=1e-4)
-    assert cache.length == 6 + len(tokens), "an interrupted answer must be in the context, its end token must not"
+    assert cache.length == 6 + len(tokens), (
+        "an interrupted answer must be in the context, its end token must not"
+    )
 
 
 def test_batched_answers_equal_single_ones(llm):
@@ -108,7 +112,7 @@ def test_batched_answers_equal_single_ones(llm):
 
 def test_too_long_a_conversation_is_refused_before_it_breaks(llm):
     cache = llm.new_cache()
-    with pytest.raises(InputError, match="513 positions.*has 512"):
+    with pytest.raises(InputError, match=r"513 positions.*has 512"):
         llm.prefill(torch.zeros(1, 513, llm.width), cache)
     assert cache.length == 0
 

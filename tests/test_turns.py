@@ -32,6 +32,8 @@ def test_padded_batch_equals_single_rows():
 
 def test_speech_states_are_cut_out_in_order():
     llm = tiny.llm()
-    rows = [Row(llm).tokens([1]).spoken(torch.zeros(2, llm.width)).tokens([5]).spoken(torch.zeros(3, llm.width))]
+    rows = [
+        Row(llm).tokens([1]).spoken(torch.zeros(2, llm.width)).tokens([5]).spoken(torch.zeros(3, llm.width))
+    ]
     hidden = torch.arange(7.0).view(1, 7, 1)
     assert [s[:, 0].tolist() for s in speech_states(hidden, rows)] == [[1, 2], [4, 5, 6]]

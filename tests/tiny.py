@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from freeze_omni_lite.frozen_llm import FrozenLLM
 
-WORDS = "system user assistant you are helpful what is the capital of france paris rome red blue . , ? hello yes no".split()
+TEXT = "system user assistant you are helpful what is the capital of france paris rome red blue . , ? hello yes no"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -16,13 +16,20 @@ CHATML = (
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words, three special tokens, a line break; ChatML as the chat template."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {word: i for i, word in enumerate([*specials, "\n", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate([*specials, "\n", *TEXT.split()])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     words.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()]
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Split(" ", "removed"),
+            pre_tokenizers.Punctuation(),
+        ]
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|im_end|>", additional_special_tokens=specials
+        tokenizer_object=words,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=specials,
     )
     fast.chat_template = CHATML
     return fast
