@@ -2,20 +2,22 @@
 
 The notebook is the training script, this library is the set of parts, a stage folder on disk is the hand-over.
 
-| section of the paper                      | files                                     | notebook |
-|-------------------------------------------|-------------------------------------------|----------|
-| Overview                                  | system, plots                             | 00       |
-| Speech decoder: codec                     | codebook, discriminator, codec            | 01       |
-| Chunk-wise streaming speech encoder       | audio, attention, chunk, encoder          | 02       |
-| Training strategy of the speech input     | adapter, frozen_llm, text                 | 03, 04   |
-| Streaming speech decoder                  | codec, samples                            | 05       |
-| Training strategy of the speech output    | speech_decoder                            | 06, 07   |
-| Design for duplex dialogue                | duplex, dialogue, widgets                 | 08, 10   |
-| Evaluation                                | metrics, bench                            | 09       |
-| (LLaMA-Omni, the second system)           | llama_omni                                | 11       |
-| (presets, training, hand-over, 8 GPUs)    | scales, training, stages, run             | 12       |
+| section of the paper                      | files                                            | notebook |
+|-------------------------------------------|--------------------------------------------------|----------|
+| Overview                                  | system, verbs, plots, widgets                    | 00       |
+| Speech decoder: codec                     | codebook, codec                                  | 01       |
+| Chunk-wise streaming speech encoder       | audio, augmentation, chunk, attention, encoder   | 02       |
+| Training strategy of the speech input     | adapter, frozen_llm, text, turns                 | 03, 04   |
+| Streaming speech decoder                  | codec, speech_tokens                             | 05       |
+| Training strategy of the speech output    | speech_decoder                                   | 06, 07   |
+| Design for duplex dialogue                | duplex, scenes, vad, dialogue                    | 08, 10   |
+| Evaluation                                | evaluation, metrics, bench                       | 09       |
+| (LLaMA-Omni, the second system)           | llama_omni                                       | 11       |
+| (presets, training, hand-over, 8 GPUs)    | scales, training, stages, fingerprint, ranks     | 12       |
+| (data)                                    | sentences, voices, samples                       | 02, 05   |
 
-Around them: `parts` and `doctor` (what is fetched once, what is missing), `errors`, `threads`, `__main__`.
+Around them: `notebook`, `run`, `gallery` and `__main__` (the course and the command line), `parts` and `doctor` (what
+is fetched once, what is missing), `errors`, `files`, `threads`.
 
 Glossary
     chunk            160 ms of the user's audio: 16 mels, 4 encoder frames, 2 vectors for the LLM

@@ -5,6 +5,7 @@ success, 1 when a notebook fails, 2 on bad input with one sentence on standard e
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -289,7 +290,7 @@ def act_transcribe(arguments: argparse.Namespace) -> int:
     check_inputs(arguments.files, LONGEST_LISTENING_MINUTES if through_llm else None)
     from . import audio, verbs
 
-    needs = ("encoder_ctc", "encoder_adapter", "encoder_prompt") if through_llm else ("encoder_ctc",)
+    needs = ("encoder_ctc", "encoder_adapter") if through_llm else ("encoder_ctc",)
     parts = load_system(arguments, *needs)
 
     def work(path: Path, waveform: "Tensor") -> None:
@@ -382,6 +383,9 @@ def act_bench(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit status."""
+    os.environ.setdefault(
+        "HF_HUB_DISABLE_PROGRESS_BARS", "1"
+    )  # transformers draws one for every load otherwise
     try:
         arguments = build_parser().parse_args(argv)
         return arguments.act(arguments)
