@@ -32,7 +32,7 @@ MEL_WINDOW_SAMPLES = 1024
 HEAD_WINDOW_SAMPLES = 4 * FRAME_SAMPLES  # 800: four frames overlap on every sample
 TAIL_SAMPLES = HEAD_WINDOW_SAMPLES - FRAME_SAMPLES
 OVERLAP_GAIN = 1.5  # what squared Hann windows at a quarter's distance add up to
-LOG_FLOOR = 1e-4  # of a full-scale tone, -80 dB: below it nothing is heard and nothing is asked for
+LOG_FLOOR = 3e-4  # of a full-scale tone, -70 dB: quieter bands than that are neither heard nor asked for
 KERNEL = 7  # tokens or frames that a block's convolution spans
 EXPANSION = 4  # inner width of a block
 LOSS_WINDOWS_SAMPLES = (256, 512, 1024, 2048)
@@ -43,7 +43,7 @@ LOUDEST_LOG_MAGNITUDE = math.log(2 * HEAD_WINDOW_SAMPLES)
 class LogMelBank(nn.Module):
     """Log-mel spectrogram of 24 kHz speech. (batch, samples) -> (batch, samples // hop_samples, mels).
 
-    Frame i is centred on the i-th hop. Magnitudes, not powers; a full-scale tone is 0, silence log(1e-4).
+    Frame i is centred on the i-th hop. Magnitudes, not powers; a full-scale tone is 0, silence log(3e-4).
     """
 
     window: Tensor
@@ -111,7 +111,7 @@ class CodecEncoder(nn.Module):
             ConvNeXtBlock(preset.width, causal=False) for _ in range(preset.encoder_blocks)
         )
         self.out_norm = nn.LayerNorm(preset.width)
-        self.out = nn.Linear(preset.width, preset.codebook_width)
+        self.out = nn.Linear(preset.width, preset.codebook_width, bias=False)
         # Each latent dimension varies about zero: otherwise all latents soon point the same way and share few codes.
         self.spread = nn.BatchNorm1d(preset.codebook_width, affine=False)
 
@@ -119,7 +119,7 @@ class CodecEncoder(nn.Module):
         """`token_mask` (batch, tokens): padding is zero before every convolution, as it is beyond a lone recording."""
         mask = token_mask[..., None]
         frame_mask = mask.repeat_interleave(FRAMES_PER_TOKEN, dim=1)
-        mels = (self.mels(waveform) + 7.0) / 2.0  # about zero mean and unit variance for speech
+        mels = (self.mels(waveform) + 6.0) / 1.6  # about zero mean and unit variance for speech
         x = self.norm(self.stem((mels * frame_mask).transpose(1, 2)).transpose(1, 2)) * mask
         for block in self.blocks:
             x = block(x) * mask
