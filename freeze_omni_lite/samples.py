@@ -203,6 +203,44 @@ def plan_transcription(count: int, seed: int, split: str = "train") -> list[Utte
     return plan
 
 
+def transcription(preset: Any, seed: int, split: str = "train") -> list[Utterance]:
+    """The transcribed speech of a listening stage with its audio: preset.utterances to train on, or
+    preset.test_utterances in voices and sentences that training never meets.
+
+    preset.corpus   synthetic: planned and voiced here; manifest: read from preset.manifest, where whole speakers
+                    are held out for the test, whatever the seed
+    Raises InputError for another corpus, a missing manifest, or one too small to hold anything out.
+    """
+    if preset.corpus == "synthetic":
+        count = preset.utterances if split == "train" else preset.test_utterances
+        return synthesize(plan_transcription(count, seed, split))
+    if preset.corpus != "manifest" or not preset.manifest:
+        raise InputError(
+            f"corpus is {preset.corpus!r} and manifest {preset.manifest!r}, expected corpus synthetic, or corpus "
+            "manifest and the path of a jsonl file: set both."
+        )
+    train, test = held_out(from_manifest(preset.manifest), preset.test_utterances)
+    return train[: preset.utterances] if split == "train" else test
+
+
+def held_out(utterances: Sequence[Utterance], count: int) -> tuple[list[Utterance], list[Utterance]]:
+    """Utterances to train on and `count` to test with, of other speakers; a pure function of the names.
+
+    An utterance without a speaker counts as one of its own. Raises InputError if nothing is left to train on.
+    """
+    people = [utterance.speaker or utterance.id for utterance in utterances]
+    ranks = {name: hashlib.sha256(name.encode()).hexdigest() for name in people}
+    order = sorted(range(len(people)), key=lambda i: (ranks[people[i]], i))
+    tested = {people[i] for i in order[:count]}
+    train = [u for u, name in zip(utterances, people, strict=True) if name not in tested]
+    if not train:
+        raise InputError(
+            f"the manifest has {len(utterances)} utterances of {len(set(people))} speakers; after holding out "
+            f"{count} for the test none are left: give more, or lower test_utterances."
+        )
+    return train, [utterances[i] for i in order[:count]]
+
+
 # ------------------------------------------------------------------------------------------------- synthesis
 
 
@@ -415,7 +453,8 @@ def recipe_of(items: Sequence[Any], *settings: Any) -> str:
 class Speech:
     """Voiced utterances as batches for training.fit: `speech(step, rank, world)` is a pure function.
 
-    A batch: waveforms (batch, samples), chunk_lengths (batch,), texts, utterances, seconds of audio.
+    A batch: waveforms (batch, samples), chunk_lengths (batch,), texts, utterances, seconds of audio, and the
+    step it was made for, because a stage may have phases.
     """
 
     utterances: Sequence[Utterance]
@@ -433,7 +472,7 @@ class Speech:
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
         number = step * world + rank
-        return self.batch(self.batches[number], number)
+        return {**self.batch(self.batches[number], number), "step": step}
 
     def batch(self, indices: Sequence[int], number: int = 0) -> dict[str, Any]:
         """The batch of some utterances; `number` decides the augmentation."""

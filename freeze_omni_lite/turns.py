@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from .frozen_llm import IGNORE, FrozenLLM
 from .text import ChatLayout
 
+TRANSCRIPT_TOKENS_PER_SECOND = 8
+
 
 @dataclass
 class Row:
@@ -67,6 +69,29 @@ def join(rows: list[Row]) -> Rows:
     vectors = pad_sequence([torch.cat(row.vectors) for row in rows], batch_first=True)
     labels = pad_sequence([torch.tensor(row.labels) for row in rows], batch_first=True, padding_value=IGNORE)
     return Rows(vectors, labels.to(vectors.device), rows)
+
+
+def transcript_row(llm: FrozenLLM, layout: ChatLayout, task: Tensor, vectors: Tensor) -> Row:
+    """Speech (vectors, width) that the LLM is asked to write down: everything before the transcript.
+
+    task   the task embeddings (count, width)
+    """
+    return Row(llm).tokens(layout.system + layout.user).trained(task).spoken(vectors).tokens(layout.assistant)
+
+
+def transcript_limit(seconds: float) -> int:
+    """The most LLM tokens that so much speech may be written as; fast speech has about five a second."""
+    return 16 + int(TRANSCRIPT_TOKENS_PER_SECOND * seconds)
+
+
+@torch.inference_mode()
+def written(row: Row, max_tokens: int) -> str:
+    """What the LLM writes, greedily, after a row."""
+    cache = row.llm.new_cache()
+    hidden = row.llm.prefill(torch.cat(row.vectors)[None], cache)[:, -1:]
+    return row.llm.tokenizer.decode(
+        [token for token, _ in row.llm.generate(hidden, cache, max_tokens)]
+    ).strip()
 
 
 def speech_states(hidden: Tensor, rows: list[Row]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .audio import (
     CHUNK_MS,
     CHUNK_SAMPLES,
-    ENCODER_FRAMES_PER_CHUNK,
+    LLM_VECTORS_PER_SECOND,
     SPEECH_SAMPLE_RATE_HZ,
     exact,
     pad_to_chunks,
@@ -23,10 +23,9 @@ from .errors import InputError
 from .frozen_llm import predicting_states
 from .system import System
 from .text import collapse
-from .turns import text_turn
+from .turns import text_turn, transcript_limit, transcript_row, written
 
 SILENCE_AFTER_FILE_CHUNKS = -(-2000 // CHUNK_MS)  # at least 2 s of silence after the end of a recording
-TRANSCRIPT_TOKENS_PER_SECOND = 8  # fast speech has about five LLM tokens a second
 
 
 @dataclass
@@ -118,18 +117,11 @@ def transcribe_ctc(system: System, waveform: Tensor) -> str:
 
 def transcribe_llm(system: System, waveform: Tensor) -> str:
     """Encoder and adapter feed the frozen LLM, the task embeddings ask it for the transcript."""
-    llm, layout = system.llm, system.transcript_layout
     mels = system.features(pad_to_chunks(waveform)[None].to(system.device))
     frames, lengths = system.encoder(mels)
     vectors, _ = system.adapter(frames, lengths)
-    opening = [llm.embed(layout.system + layout.user), system.task_embedding(1)[0]]
-    cache = llm.new_cache()
-    row = torch.cat([*opening, vectors[0], llm.embed(layout.assistant)])
-    hidden = llm.prefill(row[None], cache)[:, -1:]
-    limit = 16 + TRANSCRIPT_TOKENS_PER_SECOND * frames.shape[1] * CHUNK_MS // (
-        1000 * ENCODER_FRAMES_PER_CHUNK
-    )
-    return llm.tokenizer.decode([token for token, _ in llm.generate(hidden, cache, limit)]).strip()
+    row = transcript_row(system.llm, system.transcript_layout, system.task_embedding(1)[0], vectors[0])
+    return written(row, transcript_limit(len(vectors[0]) / LLM_VECTORS_PER_SECOND))
 
 
 @torch.inference_mode()

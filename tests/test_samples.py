@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from freeze_omni_lite import audio, augmentation, samples, voices
+from freeze_omni_lite import audio, augmentation, samples, scales, voices
 from freeze_omni_lite.audio import CHUNK_SAMPLES, SAMPLE_RATE_HZ
 from freeze_omni_lite.errors import InputError, PartMissing
 from freeze_omni_lite.samples import Batches, Excerpts, Speech, Utterance, generator_for
@@ -230,6 +230,7 @@ def test_speech_is_a_pure_function_of_the_step(made):
     speech = Speech(made, batch_seconds=12, seed=3, augmented=True)
     first, again = speech(5), Speech(made, batch_seconds=12, seed=3, augmented=True)(5)
     assert torch.equal(first["waveforms"], again["waveforms"]) and first["texts"] == again["texts"]
+    assert first["step"] == 5
     assert first["waveforms"].shape == (
         len(first["texts"]),
         int(first["chunk_lengths"].max()) * CHUNK_SAMPLES,
@@ -270,3 +271,32 @@ def test_sample_questions_can_be_loaded():
         waveform = audio.load(utterance.path)
         assert len(waveform) / SAMPLE_RATE_HZ == pytest.approx(utterance.duration_seconds, abs=0.01)
         assert not voices.is_reserved(utterance.voice.name)
+
+
+# ------------------------------------------------------------------------------------- data of a listening stage
+
+
+def test_synthetic_transcription_is_the_plan_with_audio(monkeypatch):
+    monkeypatch.setattr(samples, "synthesize", lambda plan: plan)  # the voices have tests of their own
+    preset = scales.load("encoder_ctc", "tiny", utterances=6, test_utterances=2)
+    assert samples.transcription(preset, 3) == samples.plan_transcription(6, 3)
+    assert samples.transcription(preset, 3, "test") == samples.plan_transcription(2, 3, "test")
+
+
+def test_a_manifest_keeps_its_test_speakers_apart(tmp_path):
+    rows = [
+        Utterance(str(i), f"text {i}", speaker=f"s{i % 4}", path=f"{i}.flac", duration_seconds=1.0)
+        for i in range(16)
+    ]
+    path = samples.write_manifest(tmp_path / "corpus.jsonl", rows)
+    preset = scales.load("encoder_ctc", "tiny", corpus="manifest", manifest=str(path), test_utterances=3)
+    train, test = samples.transcription(preset, 1), samples.transcription(preset, 2, "test")
+    assert len(test) == 3 and len(train) == 12
+    assert not {u.speaker for u in train} & {u.speaker for u in test}
+    with pytest.raises(InputError, match="none are left"):
+        samples.held_out(rows, 16)
+
+
+def test_a_corpus_without_its_manifest_is_one_sentence():
+    with pytest.raises(InputError, match="set both"):
+        samples.transcription(scales.load("encoder_ctc", "tiny", corpus="manifest"), 1)

@@ -2,7 +2,8 @@ import tiny
 import torch
 
 from freeze_omni_lite.frozen_llm import IGNORE
-from freeze_omni_lite.turns import Row, join, speech_states
+from freeze_omni_lite.text import ChatLayout
+from freeze_omni_lite.turns import Row, join, speech_states, transcript_row, written
 
 
 def test_each_answer_token_is_predicted_by_the_position_before_it():
@@ -37,3 +38,14 @@ def test_speech_states_are_cut_out_in_order():
     ]
     hidden = torch.arange(7.0).view(1, 7, 1)
     assert [s[:, 0].tolist() for s in speech_states(hidden, rows)] == [[1, 2], [4, 5, 6]]
+
+
+def test_a_transcript_row_ends_where_the_llm_begins_to_write():
+    llm = tiny.llm()
+    layout = ChatLayout([1], [2, 3], [4, 5], [2])
+    task, vectors = torch.randn(2, llm.width), torch.randn(3, llm.width)
+    row = transcript_row(llm, layout, task, vectors)
+    wanted = torch.cat([llm.embed([1, 2, 3]), task, vectors, llm.embed([4, 5])])
+    assert torch.equal(torch.cat(row.vectors), wanted) and row.speech == [(5, 3)]
+    first = llm.logits(llm.hidden(wanted[None])[0, -1]).argmax()
+    assert written(row, 1) == ("" if int(first) in llm.end_tokens else llm.tokenizer.decode([first]).strip())
