@@ -120,7 +120,8 @@ def lengths_mask(lengths: Tensor, size: int) -> Tensor:
 class TransformerBlock(nn.Module):
     """Pre-norm block: rotary self-attention, then a feed-forward layer, each added to its input.
 
-    gated     True: SwiGLU as in Llama (the speech decoder); False: two linear layers and a ReLU (the encoder)
+    gated     True: RMSNorm and SwiGLU as in Llama (the speech decoder); False: LayerNorm, two linear layers and a
+              ReLU (the encoder)
     """
 
     def __init__(
@@ -130,9 +131,10 @@ class TransformerBlock(nn.Module):
         if width % heads or (width // heads) % 2:
             raise ValueError(f"width {width} does not split into {heads} heads of even width")
         self.heads, self.head_width, self.gated = heads, width // heads, gated
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        norm = nn.RMSNorm if gated else nn.LayerNorm
+        self.attention_norm = norm(width, eps=1e-6)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
+        self.feed_forward_norm = norm(width, eps=1e-6)
         self.up = nn.Linear(width, feed_forward_width, bias=False)
         self.gate = nn.Linear(width, feed_forward_width, bias=False) if gated else None
         self.down = nn.Linear(feed_forward_width, width, bias=False)

@@ -98,7 +98,7 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, feed_forward_width: int, kernel: int, dropout: float) -> None:
         super().__init__()
-        self.convolution_norm = nn.RMSNorm(width, eps=1e-6) if kernel > 1 else None
+        self.convolution_norm = nn.LayerNorm(width, eps=1e-6) if kernel > 1 else None
         self.convolution = StreamingConv1d(width, width, kernel, groups=width) if kernel > 1 else None
         self.transformer = TransformerBlock(width, heads, feed_forward_width, gated=False, dropout=dropout)
         self.dropout = nn.Dropout(dropout)
@@ -167,7 +167,7 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         sizes = (width, heads, feed_forward_width, convolution_kernel, dropout)
         self.blocks = nn.ModuleList(EncoderBlock(*sizes) for _ in range(layers))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
 
     @classmethod
     def from_preset(cls, preset: Any) -> "Encoder":
