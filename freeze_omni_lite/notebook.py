@@ -12,9 +12,9 @@ from torch import nn
 
 from . import plots, scales, stages
 from .errors import InputError
+from .ranks import say
 from .scales import Preset
 from .stages import Stage
-from .training import say
 
 
 @dataclass(frozen=True)

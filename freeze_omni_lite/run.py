@@ -635,6 +635,6 @@ def one_notebook(
 
 def check_device(device: str) -> None:
     """Raise InputError for a device that is not there."""
-    from .training import device as pick_device
+    from .ranks import device as pick_device
 
     pick_device(device)

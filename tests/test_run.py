@@ -191,6 +191,7 @@ here.save({{"part": part}}, parents=[here.load(name) for name in {parents}], met
 """
 
 
+@pytest.mark.slow
 def test_resume_keeps_what_agrees_and_runs_what_does_not(books, tmp_path, capsys):
     def write(ctc: float = 1.0, more: str = "") -> None:
         stage = STAGE.format(stage="encoder_ctc", weight=ctc, parents=[]) + more
@@ -259,10 +260,10 @@ print("word error rate  <half>")
 # ---- ranks and signals -----------------------------------------------------------------------------------------------
 
 TRAIN = """
-import os, torch, hashlib, pathlib
-from freeze_omni_lite import training
-accelerator = training.start_ranks()
-torch.manual_seed(training.rank())
+import os, torch, pathlib
+from freeze_omni_lite import ranks
+accelerator = ranks.start_ranks()
+torch.manual_seed(ranks.rank())
 class Stage(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -277,9 +278,9 @@ for _ in range(3):
 weights = torch.cat([p.detach().reshape(-1) for p in stage.parameters()])
 """
 KEEP = """
-of = f"{{training.rank()}}-of-{{training.world()}}"
+of = f"{{ranks.rank()}}-of-{{ranks.world()}}"
 pathlib.Path({folder!r}, f"weights{name}-{{of}}").write_bytes(weights.numpy().tobytes())
-pathlib.Path({folder!r}, f"pid{name}-{{training.rank()}}").write_text(str(os.getpid()))
+pathlib.Path({folder!r}, f"pid{name}-{{ranks.rank()}}").write_text(str(os.getpid()))
 """
 
 
@@ -342,7 +343,7 @@ def test_two_ranks_train_the_same_weights_notebook_after_notebook(books, tmp_pat
 
 
 def test_one_failing_rank_ends_the_run(books, tmp_path):
-    fail = "assert training.rank() == 0, 'made to fail'\ntorch.distributed.barrier()"
+    fail = "assert ranks.rank() == 0, 'made to fail'\ntorch.distributed.barrier()"
     write_notebook(books, "01_train", TRAIN + KEEP.format(folder=str(tmp_path), name="01"), fail)
     write_notebook(books, "02_never", f"{log(tmp_path)}('2')")
     begin = time.monotonic()
