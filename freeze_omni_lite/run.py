@@ -356,7 +356,7 @@ class Ranks:
 
     def environment(self, notebook: Notebook) -> dict[str, str]:
         """A meeting point of their own for this notebook's kernels: the keys of a used one would be taken for new."""
-        if self.world == 1:
+        if "MASTER_PORT" not in os.environ:
             return {}
         port = self.agree(f"port of {notebook.name}", free_port)
         return {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
@@ -615,7 +615,8 @@ def run(
     page = settings.root / gallery.PAGE
     if ranks.rank == 0:
         gallery.build(settings.root)
-        print(f"gallery: {page}", flush=True)
+        near = page.is_relative_to(Path.cwd())
+        print(f"gallery: {page.relative_to(Path.cwd()) if near else page}", flush=True)
     return page
 
 
