@@ -413,9 +413,8 @@ def register_engine() -> str:
                 super().papermill_execute_cells()
             except (KeyboardInterrupt, SystemExit):
                 kill_group(self.km)  # at once: the polite way waits for the cell
-                logging.getLogger(
-                    "asyncio"
-                ).disabled = True  # it would report the tasks that this leaves unfinished
+                # asyncio would report the tasks that this leaves unfinished
+                logging.getLogger("asyncio").disabled = True
                 raise
 
     class Engine(NBClientEngine):
