@@ -505,6 +505,23 @@ def codebook_usage(
     )
 
 
+def directions(latents: Any, codes: Any, vectors: Any, title: str = "", ax: Axes | None = None) -> Axes:
+    """Latents (count, 2) with the code of each (count,), and the code vectors (codes, 2), on the unit circle."""
+    latents, codes, vectors, ax = numbers(latents), numbers(codes), numbers(vectors), new_axes(ax, (4.4, 4.2))
+    latents = latents / np.linalg.norm(latents, axis=1, keepdims=True)
+    turn = np.linspace(0, 2 * np.pi, 200)
+    ax.plot(np.cos(turn), np.sin(turn), color=QUIET, linewidth=0.7)
+    for (x, y), code in zip(latents, codes, strict=True):
+        ax.plot([x, vectors[code, 0]], [y, vectors[code, 1]], ":", color=INK, linewidth=1)
+    ax.plot(*latents.T, "o", color=USER, label="latents")
+    ax.plot(*vectors.T, "*", color=ASSISTANT, markersize=14, markeredgecolor=INK, label="codes")
+    for code, (x, y) in enumerate(vectors):
+        ax.annotate(str(code), (1.16 * x, 1.16 * y), ha="center", va="center")
+    ax.set(aspect="equal", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xlabel="first number", ylabel="second number")
+    ax.legend(loc="center")
+    return heading(ax, title or f"{len(set(codes.tolist()))} of {len(vectors)} codes in use")
+
+
 def confusion(
     matrix: Any, labels: Sequence[str] = STATE_NAMES, title: str = "", ax: Axes | None = None
 ) -> Axes:

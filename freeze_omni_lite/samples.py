@@ -287,6 +287,28 @@ def cached_path(utterance: Utterance) -> Path:
     return cache_dir() / "audio" / key[:2] / f"{key[:32]}.flac"
 
 
+def manifest_part(path: str | Path, train: int, test: int, split: str) -> list[Utterance]:
+    """The rows of a manifest that one split takes: the first `test` are held out, the next `train` are learned.
+
+    Raises InputError if the manifest has too few rows for both.
+    """
+    rows = from_manifest(path)
+    if len(rows) <= test:
+        raise InputError(
+            f"the manifest {path} has {len(rows)} utterances, expected more than the {test} held out for tests: "
+            "give a longer one."
+        )
+    return rows[:test] if split == "test" else rows[test : test + train]
+
+
+def answer_voice_speech(preset: Any, seed: int, split: str = "train") -> list[Utterance]:
+    """The one voice for the codec: free sentences voiced here, or recordings if the preset's corpus is a manifest."""
+    if preset.corpus == "manifest":
+        return manifest_part(preset.manifest, preset.utterances, preset.test_utterances, split)
+    count = preset.utterances if split == "train" else preset.test_utterances
+    return synthesize(plan_answers(sentences.sentences(count, seed, split), seed))
+
+
 _resamplers: dict[tuple[int, int], nn.Module] = {}
 
 

@@ -1,23 +1,84 @@
-"""A corpus as speech tokens: waveforms go in once, the codec's codes stay, in shards that can be resumed.
+"""A corpus as speech tokens: what to say, voiced once, kept as the codec's codes in shards that can be resumed.
 
-Paper: decoder stages 2 and 3 train on codec tokens. An hour of speech is 144,000 tokens, 288 kB. Notebook 05 writes
-the shards, notebooks 06 and 07 read them.
+Paper: "Decoder training" (stages 2 and 3 train on codec tokens; the texts are a corpus and the frozen LLM's own
+answers). An hour of speech is 144,000 tokens, 288 kB. Notebook 05 writes the folders train and test below its stage's
+folder, notebooks 06 and 07 read them:
+
+    speech_tokens.read_shards(stage.folder / "train", codec_stage.sha256)
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .audio import HOP_SAMPLES, SPEECH_TOKENS_PER_SECOND
+from . import audio, samples, sentences, voices
+from .audio import HOP_SAMPLES, SPEECH_SAMPLE_RATE_HZ, SPEECH_TOKENS_PER_SECOND
 from .codec import Codec
-from .errors import StageMismatch
+from .errors import InputError, StageMismatch
 from .files import atomic_write_bytes
+from .frozen_llm import FrozenLLM
+from .ranks import barrier, is_main, rank, world
+from .scales import Preset
+from .stages import shown
+from .text import ChatLayout, clean_for_speech
+from .turns import answer_questions
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """One text to be voiced.
+
+    question   what the LLM answers with this text; "" for a free sentence
+    path       a recording of it; "": the answer voice speaks it
+    """
+
+    text: str
+    question: str = ""
+    path: str = ""
+
+
+def free_sentences(preset: Preset, seed: int, split: str = "train") -> list[Line]:
+    """The preset's number of free sentences: from word lists, or recorded ones if its corpus is a manifest."""
+    if preset.corpus == "manifest":
+        found = samples.manifest_part(preset.manifest, preset.sentences, preset.test_sentences, split)
+        lines = [Line(clean_for_speech(row.text), path=row.path) for row in found]
+        return [line for line in lines if line.text]
+    count = preset.sentences if split == "train" else preset.test_sentences
+    return [Line(text) for text in sentences.sentences(count, seed, split)]
+
+
+def llm_answers(llm: FrozenLLM, preset: Preset, system_prompt: str, seed: int) -> list[Line]:
+    """The frozen LLM's own answers to as many questions as the preset says, as they are spoken; equal ones once."""
+    layout = ChatLayout.from_tokenizer(llm.tokenizer, system_prompt)
+    asked = list(dict.fromkeys(question.text for question in sentences.questions(preset.answers, seed)))
+    answers = answer_questions(llm, layout, asked, preset.answer_tokens)
+    lines = [Line(clean_for_speech(text), question) for question, text in zip(asked, answers, strict=True)]
+    return [line for line in lines if line.text]
+
+
+def voiced(lines: Sequence[Line]) -> list[Tensor]:
+    """Each line as a 24 kHz waveform (samples,): its recording, else the answer voice. Raises PartMissing."""
+    requests = [(line.text, voices.ANSWER_VOICE) for line in lines if not line.path]
+    spoken = voices.speak_many(requests)
+    return [
+        audio.load(line.path, SPEECH_SAMPLE_RATE_HZ)
+        if line.path
+        else torch.from_numpy(next(spoken) / 32768.0).float()
+        for line in lines
+    ]
+
+
+# ---- as tokens -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -33,8 +94,17 @@ class Spoken:
         return len(self.codes) / SPEECH_TOKENS_PER_SECOND
 
 
+def tokens_in(samples: int) -> int:
+    """Speech tokens of a recording: one for every 600 samples begun.
+
+    >>> [tokens_in(samples) for samples in (1, 600, 601, 24_000)]
+    [1, 1, 2, 40]
+    """
+    return -(-samples // HOP_SAMPLES)
+
+
 @torch.inference_mode()
-def tokenize(codec: Codec, waveforms: list[Tensor], batch: int = 8) -> list[Tensor]:
+def tokenize(codec: Codec, waveforms: Sequence[Tensor], batch: int = 8) -> list[Tensor]:
     """24 kHz waveforms (samples,) -> their codes (speech_tokens,), batched by length; padding leaves no trace."""
     order = sorted(range(len(waveforms)), key=lambda i: len(waveforms[i]))
     codes: dict[int, Tensor] = {}
@@ -44,58 +114,132 @@ def tokenize(codec: Codec, waveforms: list[Tensor], batch: int = 8) -> list[Tens
         padded = pad_sequence([waveforms[i] for i in rows], batch_first=True)
         lengths = torch.tensor([len(waveforms[i]) for i in rows], device=device)
         found = codec.encode(padded.to(device), lengths).cpu()
-        codes |= {i: found[row, : -(-len(waveforms[i]) // HOP_SAMPLES)] for row, i in enumerate(rows)}
+        codes |= {i: found[row, : tokens_in(len(waveforms[i]))].clone() for row, i in enumerate(rows)}
     return [codes[i] for i in range(len(waveforms))]
 
 
-def write_shards(
-    folder: Path, codec: Codec, codec_hash: str, texts: list[tuple[str, str]],
-    voice: Callable[[list[str]], list[Tensor]], shard_utterances: int,
-) -> int:
-    """Voice and tokenise (text, question) pairs, shard by shard; finished shards are kept. Returns shards written.
+# ---- in shards -------------------------------------------------------------------------------------------------------
 
-    voice  texts -> 24 kHz waveforms; only one shard of waveforms is held at a time
+
+def write_shards(
+    folder: Path,
+    codec: Codec,
+    codec_hash: str,
+    lines: Sequence[Line],
+    shard_utterances: int,
+    voice: Callable[[Sequence[Line]], list[Tensor]] = voiced,
+) -> int:
+    """Voice and tokenise lines, shard by shard, each file whole or not at all. Returns how many this rank wrote.
+
+    A shard that already holds these very lines, tokenised by this very codec, is kept, so an interrupted run goes on
+    where it stopped. Ranks share the shards. Shards beyond the last one (of a longer corpus before) are deleted.
+
+    codec_hash  Stage.sha256 of the codec's stage; readers refuse shards of another
+    voice       lines -> 24 kHz waveforms (samples,); only one shard of waveforms is held at a time
+    Raises InputError if there is nothing to say.
     """
+    if not lines:
+        raise InputError("there is no text to voice: ask for at least one sentence or answer.")
+    parts = [list(lines[i : i + shard_utterances]) for i in range(0, len(lines), shard_utterances)]
     written = 0
-    for number, first in enumerate(range(0, len(texts), shard_utterances)):
-        rows = texts[first : first + shard_utterances]
-        path = folder / f"shard-{number:05d}.safetensors"
-        about = {"codec": codec_hash, "texts": json.dumps(rows)}
+    for number in range(rank(), len(parts), world()):
+        path, about = folder / f"shard-{number:05d}.safetensors", describe(parts[number], codec_hash)
         if is_finished(path, about):
             continue
-        codes = tokenize(codec, voice([text for text, _ in rows]))
-        lengths = torch.tensor([len(row) for row in codes])
-        atomic_write_bytes(path, save({"codes": torch.cat(codes).to(torch.int16), "lengths": lengths}, metadata=about))
+        codes = tokenize(codec, voice(parts[number]))
+        write_shard(path, codes, about)
         written += 1
-        print(f"shard {number}: {len(rows)} utterances, {int(lengths.sum()) / SPEECH_TOKENS_PER_SECOND:.0f} s", flush=True)
+        seconds = sum(map(len, codes)) / SPEECH_TOKENS_PER_SECOND
+        print(
+            f"shard {number + 1} of {len(parts)}: {len(codes)} utterances, {seconds:.0f} s of speech",
+            flush=True,
+        )
+    if is_main():
+        for path in shard_paths(folder)[len(parts) :]:
+            path.unlink()
+    barrier()
     return written
 
 
-def metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
+def write_shard(path: Path, codes: list[Tensor], about: dict[str, str]) -> None:
+    lengths = torch.tensor([len(row) for row in codes])
+    tensors = {"codes": torch.cat(codes).to(torch.int16), "lengths": lengths}
+    atomic_write_bytes(path, save(tensors, metadata=about))
 
-    with safe_open(path, "pt") as file:
-        return file.metadata()
+
+def describe(lines: Sequence[Line], codec_hash: str) -> dict[str, str]:
+    """What a shard says about itself: whose codes, and of what."""
+    rows = [[line.text, line.question, line.path] for line in lines]
+    return {"codec": codec_hash, "lines": json.dumps(rows)}
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Raises StageMismatch if the file is damaged or no shard of ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        about["codec"], about["lines"]
+    except (SafetensorError, KeyError) as error:
+        raise StageMismatch(
+            f"{shown(path)} is no shard of speech tokens ({type(error).__name__}): delete it and run notebook 05 again."
+        ) from None
+    return about
 
 
 def is_finished(path: Path, about: dict[str, str]) -> bool:
-    """Whether this shard holds these texts, tokenised by this codec."""
-    return path.is_file() and metadata(path) == about
+    """Whether this shard holds these lines, tokenised by this codec."""
+    try:
+        return path.is_file() and metadata(path) == about
+    except StageMismatch:  # a damaged one is written again
+        return False
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    return sorted(Path(folder).glob("shard-*.safetensors"))
 
 
 def read_shards(folder: Path, codec_hash: str | None = None) -> list[Spoken]:
-    """All utterances of a folder. Raises StageMismatch if another codec made them, or if there are none."""
-    paths = sorted(folder.glob("shard-*.safetensors"))
+    """All utterances of a folder, in order. Raises StageMismatch if there are none, or another codec made them."""
+    paths = shard_paths(folder)
     if not paths:
-        raise StageMismatch(f"{folder} holds no shards of speech tokens: run notebook 05 first.")
+        raise StageMismatch(f"{shown(Path(folder))} holds no shards of speech tokens: run notebook 05 first.")
     return [spoken for path in paths for spoken in read_shard(path, codec_hash)]
 
 
-def read_shard(path: Path, codec_hash: str | None) -> Iterable[Spoken]:
+def read_shard(path: Path, codec_hash: str | None = None) -> Iterator[Spoken]:
+    """The utterances of one shard. Raises StageMismatch."""
     about = metadata(path)
     if codec_hash is not None and about["codec"] != codec_hash:
-        raise StageMismatch(f"{path} was made by another codec than the one at hand: run notebook 05 again.")
+        raise StageMismatch(
+            f"{shown(path)} was made by codec {about['codec'][:8]}, the one at hand is {codec_hash[:8]}: "
+            "run notebook 05 again."
+        )
     tensors = load_file(path)
     codes = tensors["codes"].long().split(tensors["lengths"].tolist())
-    for (text, question), row in zip(json.loads(about["texts"]), codes, strict=True):
+    for (text, question, _), row in zip(json.loads(about["lines"]), codes, strict=True):
         yield Spoken(text, row, question)
+
+
+class Corpus(nn.Module):
+    """What the stage folder keeps of a corpus: how often each code occurs, and a digest of every text and token.
+
+    Nothing here trains. The digest makes the hash of the stage's weights that of the corpus, so that a decoder trained
+    on another corpus is noticed.
+    """
+
+    counts: Tensor
+    digest: Tensor
+
+    def __init__(self, codebook_size: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.long))
+        self.register_buffer("digest", torch.zeros(32, dtype=torch.uint8))
+
+    @classmethod
+    def of(cls, spoken: Sequence[Spoken], codebook_size: int) -> "Corpus":
+        corpus, summary = cls(codebook_size), hashlib.sha256()
+        for item in spoken:
+            corpus.counts += torch.bincount(item.codes, minlength=codebook_size)
+            summary.update(json.dumps([item.text, item.question, item.codes.tolist()]).encode())
+        corpus.digest.copy_(torch.tensor(list(summary.digest()), dtype=torch.uint8))
+        return corpus

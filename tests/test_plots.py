@@ -60,6 +60,7 @@ FIGURES = {
     "mask": lambda: plots.mask(chunk_mask(8, 4, 1), 4),
     "ctc_trellis": lambda: plots.ctc_trellis(torch.eye(4).log(), units="-abc"),
     "codebook_usage": lambda: plots.codebook_usage([4, 4, 0, 0]),
+    "directions": lambda: plots.directions([[2, 0], [0, 1]], [0, 0], [[1, 0], [-1, 0]]),
     "confusion": lambda: plots.confusion([[3, 0, 0], [0, 2, 1], [0, 0, 0]]),
     "states_strip": lambda: plots.states_strip(CLIP, STATES, MARKS),
     "session": lambda: plots.session(CLIP, CLIP, STATES, MARKS, answer_start_ms=800),
@@ -74,7 +75,7 @@ def test_figure_draws_and_its_title_states_something(name):
     assert ax.get_title(loc="left")
 
 
-@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"architecture", "confusion", "mask", "ctc_trellis"}))
+@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"architecture", "confusion", "directions", "mask", "ctc_trellis"}))
 def test_axes_with_a_quantity_name_its_unit(name):
     labels = [ax.get_xlabel() for ax in first(FIGURES[name]()).figure.axes]
     if name != "error_bars":
