@@ -488,18 +488,17 @@ def execute(
 
 def failure(notebook: Notebook, ranks: Ranks, error: Any, output: Path) -> Exception:
     """A failing cell as one sentence: UserError for what a person can mend, else NotebookFailed with the traceback."""
-    first_line = next((line.strip() for line in error.source.splitlines() if line.strip()), "")
-    place = f"notebook {notebook.name}, cell {error.exec_count} ({first_line[:60]})"
+    trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    # The first arrow points into the cell, later ones into the library.
+    arrow = re.search(r"^-+> *\d+ (.*)$", trace, re.MULTILINE)
+    line = (arrow[1] if arrow else error.source).strip().split("\n")[0]
+    place = f"notebook {notebook.name}, cell {error.exec_count} ({line[:60]})"
     place += f", rank {ranks.rank}" if ranks.world > 1 else ""
     kind = getattr(errors, error.ename, None)
     if isinstance(kind, type) and issubclass(kind, UserError) and kind is not errors.FrozenChanged:
         return kind(f"{place}: {error.evalue}")
-    sentence = (
-        f"{place} failed with {error.ename}: {error.evalue.splitlines()[0] if error.evalue else ''}".rstrip(
-            ": "
-        )
-    )
-    trace = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    reason = f"{error.ename}: {error.evalue.splitlines()[0]}" if error.evalue else error.ename
+    sentence = f"{place} failed with {reason}"
     return NotebookFailed(f"{sentence} (executed so far: {output}).", "\n".join(trace.splitlines()[-15:]))
 
 

@@ -95,7 +95,7 @@ def test_a_kernelspec_of_the_user_cannot_shadow_ours(books, tmp_path, monkeypatc
 def test_stops_at_the_first_failure_and_names_the_cell(books, tmp_path, capsys):
     note = log(tmp_path)
     write_notebook(books, "01_first", f"{note}('1')")
-    write_notebook(books, "02_second", "x = 1", "loss = x / 0")
+    write_notebook(books, "02_second", "x = 1", "print(x)\nloss = x / 0")
     write_notebook(books, "03_third", f"{note}('3')")
     with pytest.raises(
         run.NotebookFailed, match=r"notebook 02_second, cell 4 \(loss = x / 0\) failed with ZeroDivisionError"
