@@ -9,9 +9,10 @@ folder, notebooks 06 and 07 read them:
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +29,7 @@ from .frozen_llm import FrozenLLM
 from .ranks import barrier, is_main, rank, world
 from .scales import Preset
 from .stages import shown
-from .text import ChatLayout, clean_for_speech
+from .text import ChatLayout, clean_for_speech, token_ids
 from .turns import answer_questions
 
 # ---- what is said ----------------------------------------------------------------------------------------------------
@@ -40,11 +41,13 @@ class Line:
 
     question   what the LLM answers with this text; "" for a free sentence
     path       a recording of it; "": the answer voice speaks it
+    written    the answer as the LLM wrote it, before clean_for_speech: its hidden states belong to these tokens
     """
 
     text: str
     question: str = ""
     path: str = ""
+    written: str = ""
 
 
 def free_sentences(preset: Preset, seed: int, split: str = "train") -> list[Line]:
@@ -62,7 +65,10 @@ def llm_answers(llm: FrozenLLM, preset: Preset, system_prompt: str, seed: int) -
     layout = ChatLayout.from_tokenizer(llm.tokenizer, system_prompt)
     asked = list(dict.fromkeys(question.text for question in sentences.questions(preset.answers, seed)))
     answers = answer_questions(llm, layout, asked, preset.answer_tokens)
-    lines = [Line(clean_for_speech(text), question) for question, text in zip(asked, answers, strict=True)]
+    lines = [
+        Line(clean_for_speech(text), question, written=text)
+        for question, text in zip(asked, answers, strict=True)
+    ]
     return [line for line in lines if line.text]
 
 
@@ -83,11 +89,15 @@ def voiced(lines: Sequence[Line]) -> list[Tensor]:
 
 @dataclass
 class Spoken:
-    """One text and how it sounds. `question` is what the LLM answered with this text; "" for free sentences."""
+    """One text and how it sounds. `question` is what the LLM answered with this text, `written` how it wrote it.
+
+    Both are "" for free sentences.
+    """
 
     text: str
     codes: Tensor  # (speech_tokens,)
     question: str = ""
+    written: str = ""
 
     @property
     def seconds(self) -> float:
@@ -169,7 +179,7 @@ def write_shard(path: Path, codes: list[Tensor], about: dict[str, str]) -> None:
 
 def describe(lines: Sequence[Line], codec_hash: str) -> dict[str, str]:
     """What a shard says about itself: whose codes, and of what."""
-    rows = [[line.text, line.question, line.path] for line in lines]
+    rows = [[line.text, line.question, line.path, line.written] for line in lines]
     return {"codec": codec_hash, "lines": json.dumps(rows)}
 
 
@@ -216,8 +226,8 @@ def read_shard(path: Path, codec_hash: str | None = None) -> Iterator[Spoken]:
         )
     tensors = load_file(path)
     codes = tensors["codes"].long().split(tensors["lengths"].tolist())
-    for (text, question, _), row in zip(json.loads(about["lines"]), codes, strict=True):
-        yield Spoken(text, row, question)
+    for (text, question, _, written), row in zip(json.loads(about["lines"]), codes, strict=True):
+        yield Spoken(text, row, question, written)
 
 
 class Corpus(nn.Module):
@@ -243,3 +253,64 @@ class Corpus(nn.Module):
             summary.update(json.dumps([item.text, item.question, item.codes.tolist()]).encode())
         corpus.digest.copy_(torch.tensor(list(summary.digest()), dtype=torch.uint8))
         return corpus
+
+
+# ---- as batches ------------------------------------------------------------------------------------------------------
+
+
+def hold_out_answers(spoken: Sequence[Spoken], one_in: int = 5) -> tuple[list[Spoken], list[Spoken]]:
+    """(to train on, to test with): every fifth answer of the LLM is kept from decoder stages 2 and 3 alike."""
+    answers = [item for item in spoken if item.question]
+    tested = {id(item) for item in answers[::one_in]}
+    return [item for item in spoken if id(item) not in tested], answers[::one_in]
+
+
+@dataclass
+class SpokenBatches:
+    """Spoken texts as batches for training.fit: `batches(step, rank, world)` is a pure function.
+
+    A batch: text_ids (batch, text_tokens), text_lengths (batch,), codes (batch, speech_tokens), code_lengths
+    (batch,), seconds of speech. With `states` also hidden_states (batch, tokens, llm_width), hidden_lengths.
+
+    tokenizer  of the LLM: the speech decoder reads its ids of the text as it is spoken
+    states     of each text, (tokens, llm_width): the LLM's hidden states of the tokens it wrote
+    """
+
+    spoken: Sequence[Spoken]
+    tokenizer: Any
+    batch_seconds: float
+    seed: int = 1
+    states: Sequence[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.text_ids = [
+            torch.tensor(token_ids(self.tokenizer, clean_for_speech(item.text))) for item in self.spoken
+        ]
+        self.batches = samples.Batches([item.seconds for item in self.spoken], self.batch_seconds, self.seed)
+        facts = [[item.text, item.question, item.codes.tolist()] for item in self.spoken]
+        facts += [self.batch_seconds, self.seed, self.states is not None]
+        self.recipe = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """Batches in one pass."""
+        return len(self.batches)
+
+    def __call__(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
+        return self.batch(self.batches.at(step, rank, world))
+
+    def batch(self, indices: Iterable[int]) -> dict[str, Any]:
+        """The batch of some texts."""
+        indices = list(indices)
+        text_ids, text_lengths = pad_rows([self.text_ids[i] for i in indices])
+        codes, code_lengths = pad_rows([self.spoken[i].codes for i in indices])
+        found = dict(text_ids=text_ids, text_lengths=text_lengths, codes=codes, code_lengths=code_lengths) | {
+            "seconds": sum(self.spoken[i].seconds for i in indices)
+        }
+        if self.states is not None:
+            found["hidden_states"], found["hidden_lengths"] = pad_rows([self.states[i] for i in indices])
+        return found
+
+
+def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows (tokens, ...) as one tensor (batch, tokens, ...) with zeros behind, and their lengths (batch,)."""
+    return pad_sequence(list(rows), batch_first=True), torch.tensor([len(row) for row in rows])
