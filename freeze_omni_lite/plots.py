@@ -543,6 +543,35 @@ def confusion(
 # --- dialogue -------------------------------------------------------------------------------------
 
 
+def gate(
+    waveform: Any,
+    speech: Sequence[bool],
+    look_back_chunks: int,
+    sample_rate_hz: int = 16_000,
+    title: str = "",
+    ax: Sequence[Axes] | None = None,
+) -> np.ndarray:
+    """A waveform over what the acoustic gate said of every chunk; the stretch replayed at the opening is shaded."""
+    ax = panels(ax, (1.2, 0.35), (10, 2.6))
+    draw_waveform(ax[0], waveform, sample_rate_hz, USER)
+    for index, heard in enumerate(speech):
+        box = Rectangle(
+            (index * CHUNK_SECONDS, 0), CHUNK_SECONDS, 1, facecolor=TEAL if heard else PAPER, edgecolor=QUIET
+        )
+        ax[1].add_patch(box)
+    ax[1].set(ylim=(0, 1), yticks=[], ylabel="gate", xlabel="time (s)")
+    ax[1].set_xlim(0, len(speech) * CHUNK_SECONDS)
+    finding = "No chunk holds speech, the gate stays shut"
+    if any(speech):
+        first = list(speech).index(True)
+        begin, end = max(0, first - look_back_chunks) * CHUNK_SECONDS, first * CHUNK_SECONDS
+        ax[0].axvspan(begin, end, facecolor=FROZEN, hatch="//", edgecolor=QUIET, linewidth=0.5, zorder=0)
+        draw_marks(ax[0], {"gate opens": 1000 * (end + CHUNK_SECONDS)}, labelled=True)
+        finding = f"The gate opens at {end + CHUNK_SECONDS:.2f} s; {end - begin:.2f} s before that chunk are replayed"
+    ax[0].set_title(title or finding, loc="left", fontsize=11, pad=17)
+    return ax
+
+
 def states_strip(
     waveform: Any,
     states: Sequence[Mapping[str, Any]],

@@ -57,6 +57,7 @@ FIGURES = {
     "loss_curve": lambda: plots.loss_curve([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]),
     "learning_curves": lambda: plots.learning_curves({"a": [(0, 1.0), (1, 0.5)], "b": []}, title="a falls"),
     "error_bars": lambda: plots.error_bars({"test": {"CTC": 3.0, "LLM": 2.0}}, title="the LLM helps"),
+    "gate": lambda: plots.gate(CLIP, [False] * 3 + [True] * 4, look_back_chunks=2),
     "mask": lambda: plots.mask(chunk_mask(8, 4, 1), 4),
     "ctc_trellis": lambda: plots.ctc_trellis(torch.eye(4).log(), units="-abc"),
     "codebook_usage": lambda: plots.codebook_usage([4, 4, 0, 0]),
@@ -75,7 +76,9 @@ def test_figure_draws_and_its_title_states_something(name):
     assert ax.get_title(loc="left")
 
 
-@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"architecture", "confusion", "directions", "mask", "ctc_trellis"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(FIGURES) - {"architecture", "confusion", "directions", "mask", "ctc_trellis"})
+)
 def test_axes_with_a_quantity_name_its_unit(name):
     labels = [ax.get_xlabel() for ax in first(FIGURES[name]()).figure.axes]
     if name != "error_bars":
