@@ -80,7 +80,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         ),
     ),
     "encoder_ctc": dict(
-        subsampling_channels=(8, 64, 128, 1024, "code", "channels of the two strided convolutions (4x)"),
+        subsampling_channels=(4, 64, 128, 1024, "code", "channels of the two strided convolutions (4x)"),
         width=(64, 256, 512, 1024, "stated", "hidden size"),
         layers=(2, 6, 12, 24, "stated", "transformer blocks"),
         heads=(2, 4, 8, 16, "config", "attention heads"),
@@ -98,10 +98,11 @@ STAGES: dict[str, dict[str, tuple]] = {
         corpus=CORPUS,
         manifest=MANIFEST,
         **fitting(
-            (40, 1200, 40_000, 400_000),
-            (24.0, 96.0, 400.0, 1200.0),
-            (2e-3, 1e-3, 1e-3, 2e-4, "stated", "AdamW learning rate"),
+            (200, 1200, 40_000, 400_000),
+            (8.0, 96.0, 400.0, 1200.0),
+            (6e-3, 1e-3, 1e-3, 2e-4, "stated", "AdamW learning rate"),
             (5, 100, 2000, 5000, "ours", "warm-up steps"),
+            report_every=(20, 50, 100, 500, "ours", "steps between progress lines"),
         ),
     ),
     "encoder_adapter": dict(
