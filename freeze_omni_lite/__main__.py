@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
         print("freeze-omni: stopped.", file=sys.stderr)
         return 130
     except Exception as error:
-        log = getattr(error, "log", None)  # run.NotebookFailed; asking for the class would import it
+        log = getattr(error, "log", None)  # kernel.NotebookFailed; asking for the class would import it
         if log is None:
             raise
         print(f"{log}\nfreeze-omni: {error}".lstrip(), file=sys.stderr)

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from freeze_omni_lite import run
+from freeze_omni_lite import course
 from freeze_omni_lite.__main__ import main
 
-BOOKS = [run.Notebook(path) for path in sorted(run.NOTEBOOKS.glob("*.ipynb"))]
+BOOKS = [course.Notebook(path) for path in sorted(course.NOTEBOOKS.glob("*.ipynb"))]
 each_notebook = pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
 
 # The headings of a notebook, in this order. One that trains a stage has all of them, the others leave some out.
@@ -45,7 +45,7 @@ def source(cell: dict) -> str:
     return "".join(cell["source"])
 
 
-def code_cells(book: run.Notebook) -> list[dict]:
+def code_cells(book: course.Notebook) -> list[dict]:
     return [cell for cell in book.cells if cell["cell_type"] == "code"]
 
 
@@ -53,7 +53,7 @@ def code_cells(book: run.Notebook) -> list[dict]:
 
 
 def test_the_course_is_complete():
-    assert [book.name for book in BOOKS] == list(run.COURSE)
+    assert [book.name for book in BOOKS] == list(course.COURSE)
 
 
 @each_notebook
@@ -72,10 +72,10 @@ def test_kernel_is_python3(book):
 
 @each_notebook
 def test_one_parameters_cell_of_literals(book):
-    run.check_parameters(book)
+    course.check_parameters(book)
     cell = next(cell for cell in code_cells(book) if "parameters" in tags(cell))
     names = re.findall(r"^(\w+) *=", source(cell), re.MULTILINE)
-    assert tuple(names) == run.PARAMETERS
+    assert tuple(names) == course.PARAMETERS
     assert "scale ==" not in "\n".join(map(source, code_cells(book))).lower(), (
         "scales differ in scales.py only"
     )
@@ -119,7 +119,7 @@ def test_headings_in_one_order(book):
 
 @each_notebook
 def test_listed_in_the_readme(book):
-    readme = (run.ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (course.ROOT / "README.md").read_text(encoding="utf-8")
     assert f"notebooks/{book.path.name}" in readme
 
 
@@ -127,7 +127,7 @@ def test_listed_in_the_readme(book):
 
 
 @pytest.fixture(scope="session")
-def course(tmp_path_factory) -> Path:
+def finished(tmp_path_factory) -> Path:
     """A runs folder in which the whole course ran at tiny."""
     runs = tmp_path_factory.mktemp("course") / "runs"
     done = freeze_omni("run", "all", "--runs", str(runs))
@@ -140,16 +140,16 @@ def freeze_omni(*words: str) -> subprocess.CompletedProcess:
     """The command line in a process of its own, at tiny."""
     command = [sys.executable, "-m", "freeze_omni_lite", *words, "--scale", "tiny"]
     environment = os.environ | {"FREEZE_OMNI_PRECISION": "no"}
-    return subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, cwd=course.ROOT, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
-def verb(course, capsys):
+def verb(finished, capsys):
     """verb("talk", ...) -> exit status, standard output and standard error, on the stages of the course."""
 
     def call(*words: str | Path) -> tuple[int, str, str]:
         capsys.readouterr()
-        status = main([*map(str, words), "--scale", "tiny", "--runs", str(course), "--device", "cpu"])
+        status = main([*map(str, words), "--scale", "tiny", "--runs", str(finished), "--device", "cpu"])
         return status, *capsys.readouterr()
 
     return call
@@ -159,7 +159,7 @@ def verb(course, capsys):
 def question(tmp_path_factory) -> Path:
     """A real recording of data_samples, as 8 kHz stereo."""
     found = sorted(
-        path for ending in ("wav", "flac") for path in (run.ROOT / "data_samples").rglob(f"*.{ending}")
+        path for ending in ("wav", "flac") for path in (course.ROOT / "data_samples").rglob(f"*.{ending}")
     )
     assert found, "data_samples holds no recording"
     from freeze_omni_lite import audio
@@ -172,8 +172,8 @@ def question(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @each_notebook
-def test_executed(book, course):
-    settings = run.Settings("tiny", {}, runs=str(course))
+def test_executed(book, finished):
+    settings = course.Settings("tiny", {}, runs=str(finished))
     folder = settings.folder(book)
     record = json.loads((folder / "run.json").read_text())
     assert record["seconds"] > 0 and record["source_hash"] == book.source_hash
@@ -187,18 +187,18 @@ def test_executed(book, course):
 
 
 @pytest.mark.slow
-def test_gallery_shows_every_notebook(course):
-    page = (course / "tiny/index.html").read_text()
+def test_gallery_shows_every_notebook(finished):
+    page = (finished / "tiny/index.html").read_text()
     for book in BOOKS:
         assert f'href="{book.stage or book.name}/notebook.html"' in page
-        assert (course / "tiny" / (book.stage or book.name) / "notebook.html").is_file()
+        assert (finished / "tiny" / (book.stage or book.name) / "notebook.html").is_file()
     assert "<img" in page and "<audio" in page and "<pre>" in page
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page), "the page needs no network"
 
 
 @pytest.mark.slow
-def test_resume_keeps_everything(course):
-    done = freeze_omni("run", "all", "--runs", str(course), "--resume")
+def test_resume_keeps_everything(finished):
+    done = freeze_omni("run", "all", "--runs", str(finished), "--resume")
     assert done.returncode == 0, done.stderr
     assert sum("kept" in line for line in done.stdout.splitlines()) == len(BOOKS)
 
@@ -261,13 +261,13 @@ def test_codec_keeps_the_length(verb, question, tmp_path):
 
 
 @pytest.mark.slow
-def test_stages_of_another_scale_or_shape_are_refused(course, question, tmp_path, capsys):
+def test_stages_of_another_scale_or_shape_are_refused(finished, question, tmp_path, capsys):
     runs = tmp_path / "runs"
-    shutil.copytree(course / "tiny/codec", runs / "gpu/codec")
+    shutil.copytree(finished / "tiny/codec", runs / "gpu/codec")
     command = ["codec", str(question), "-o", str(tmp_path / "c.wav"), "--runs", str(runs)]
     assert main([*command, "--scale", "gpu"]) == 2
     assert "at scale 'tiny', expected" in capsys.readouterr().err
-    shutil.copytree(course / "tiny/codec", runs / "tiny/codec")
+    shutil.copytree(finished / "tiny/codec", runs / "tiny/codec")
     record = runs / "tiny/codec/stage.json"
     told = json.loads(record.read_text())
     told["preset"]["width"] *= 2

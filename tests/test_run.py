@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from freeze_omni_lite import gallery, run
+from freeze_omni_lite import course, gallery, kernel, run, scales
 from freeze_omni_lite.__main__ import main
 from freeze_omni_lite.errors import InputError, StageMissing, UserError
 
@@ -74,7 +74,7 @@ def test_runs_in_order_with_the_parameters(books, tmp_path, capsys):
     assert (tmp_path / "log").read_text() == "1\n2 tiny 7 v {}\n"
     executed = json.loads((tmp_path / "runs/tiny/01_first@v/notebook.ipynb").read_text())
     printed = "".join("".join(out.get("text", "")) for out in executed["cells"][-1]["outputs"])
-    assert printed.split() == [sys.executable, str(run.ROOT)]
+    assert printed.split() == [sys.executable, str(course.ROOT)]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("01 ") and "1 of 2" in lines[0] and "left" in lines[0]
     assert lines[1].startswith("02 ") and "2 of 2" in lines[1] and lines[2].endswith("index.html")
@@ -98,7 +98,8 @@ def test_stops_at_the_first_failure_and_names_the_cell(books, tmp_path, capsys):
     write_notebook(books, "02_second", "x = 1", "print(x)\nloss = x / 0")
     write_notebook(books, "03_third", f"{note}('3')")
     with pytest.raises(
-        run.NotebookFailed, match=r"notebook 02_second, cell 4 \(loss = x / 0\) failed with ZeroDivisionError"
+        kernel.NotebookFailed,
+        match=r"notebook 02_second, cell 4 \(loss = x / 0\) failed with ZeroDivisionError",
     ) as error:
         start(books, tmp_path)
     assert "division by zero" in error.value.log
@@ -116,7 +117,7 @@ def test_a_users_mistake_in_a_cell_stays_one(books, tmp_path):
 
 def test_a_dead_kernel_is_said(books, tmp_path):
     write_notebook(books, "01_first", "import os; os._exit(9)")
-    with pytest.raises(run.NotebookFailed, match="01_first stopped: its kernel died"):
+    with pytest.raises(kernel.NotebookFailed, match="01_first stopped: its kernel died"):
         start(books, tmp_path)
 
 
@@ -219,16 +220,16 @@ def test_resume_keeps_what_agrees_and_runs_what_does_not(books, tmp_path, capsys
 
 
 def test_prose_may_change_without_a_new_run(books, tmp_path):
-    before = run.Notebook(write_notebook(books, "01_first", "## Idea", "1")).source_hash
-    assert run.Notebook(write_notebook(books, "01_first", "## Another", "1")).source_hash == before
-    assert run.Notebook(write_notebook(books, "01_first", "## Idea", "2")).source_hash != before
+    before = course.Notebook(write_notebook(books, "01_first", "## Idea", "1")).source_hash
+    assert course.Notebook(write_notebook(books, "01_first", "## Another", "1")).source_hash == before
+    assert course.Notebook(write_notebook(books, "01_first", "## Idea", "2")).source_hash != before
 
 
 def test_time_left_comes_from_measured_runs_else_from_shares(books, tmp_path):
     for name in ("01_speech_codec", "02_encoder_stage1_ctc", "09_evaluation"):
         write_notebook(books, name, "1")
-    chosen = run.select(["all"], books)
-    settings = run.Settings("tiny", {}, runs=str(tmp_path))
+    chosen = course.select(["all"], books)
+    settings = course.Settings("tiny", {}, runs=str(tmp_path))
     progress = run.Progress(chosen, settings, shown=False)
     assert progress.left_seconds() == 0
     progress.finished(chosen[0], 28.0)  # 2 seconds a share
@@ -306,8 +307,10 @@ def torchrun(books: Path, tmp_path: Path) -> subprocess.CompletedProcess:
         "--nproc_per_node=2",
         str(script),
     ]
-    environment = os.environ | {"PYTHONPATH": str(run.ROOT)}
-    return subprocess.run(command, env=environment, cwd=run.ROOT, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(course.ROOT)}
+    return subprocess.run(
+        command, env=environment, cwd=course.ROOT, capture_output=True, text=True, timeout=300
+    )
 
 
 def alive(pid: int) -> bool:
@@ -364,7 +367,7 @@ def test_a_signal_leaves_no_kernel(books, tmp_path, number):
         books, "01_first", worker + f"{log(tmp_path)}(f'{{os.getpid()}} {{w.pid}}')\n", "time.sleep(600)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program(books, tmp_path)], cwd=run.ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program(books, tmp_path)], cwd=course.ROOT, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "log").exists() and time.monotonic() < deadline:
@@ -390,7 +393,7 @@ def test_the_command_line_tells_failures_from_mistakes(books, tmp_path, capsys, 
 
 
 def test_the_course_names_every_trained_stage_once():
-    assert sorted(stage for stage, _ in run.COURSE.values() if stage) == sorted(run.scales.STAGES)
+    assert sorted(stage for stage, _ in course.COURSE.values() if stage) == sorted(scales.STAGES)
 
 
 def test_build_of_an_empty_folder_says_so(tmp_path):
