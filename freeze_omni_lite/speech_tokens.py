@@ -171,32 +171,33 @@ def write_shards(
     return written
 
 
-def write_shard(path: Path, codes: list[Tensor], about: dict[str, str]) -> None:
+def write_shard(path: Path, codes: list[Tensor], about: dict[str, Any]) -> None:
+    """One file; equal content gives equal bytes (one entry of metadata: safetensors shuffles several)."""
     lengths = torch.tensor([len(row) for row in codes])
     tensors = {"codes": torch.cat(codes).to(torch.int16), "lengths": lengths}
-    atomic_write_bytes(path, save(tensors, metadata=about))
+    atomic_write_bytes(path, save(tensors, metadata={"shard": json.dumps(about)}))
 
 
-def describe(lines: Sequence[Line], codec_hash: str) -> dict[str, str]:
+def describe(lines: Sequence[Line], codec_hash: str) -> dict[str, Any]:
     """What a shard says about itself: whose codes, and of what."""
     rows = [[line.text, line.question, line.path, line.written] for line in lines]
-    return {"codec": codec_hash, "lines": json.dumps(rows)}
+    return {"codec": codec_hash, "lines": rows}
 
 
-def metadata(path: Path) -> dict[str, str]:
+def metadata(path: Path) -> dict[str, Any]:
     """Raises StageMismatch if the file is damaged or no shard of ours."""
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["shard"])
         about["codec"], about["lines"]
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StageMismatch(
             f"{shown(path)} is no shard of speech tokens ({type(error).__name__}): delete it and run notebook 05 again."
         ) from None
     return about
 
 
-def is_finished(path: Path, about: dict[str, str]) -> bool:
+def is_finished(path: Path, about: dict[str, Any]) -> bool:
     """Whether this shard holds these lines, tokenised by this codec."""
     try:
         return path.is_file() and metadata(path) == about
@@ -226,7 +227,7 @@ def read_shard(path: Path, codec_hash: str | None = None) -> Iterator[Spoken]:
         )
     tensors = load_file(path)
     codes = tensors["codes"].long().split(tensors["lengths"].tolist())
-    for (text, question, _, written), row in zip(json.loads(about["lines"]), codes, strict=True):
+    for (text, question, _, written), row in zip(about["lines"], codes, strict=True):
         yield Spoken(text, row, question, written)
 
 
@@ -250,7 +251,8 @@ class Corpus(nn.Module):
         corpus, summary = cls(codebook_size), hashlib.sha256()
         for item in spoken:
             corpus.counts += torch.bincount(item.codes, minlength=codebook_size)
-            summary.update(json.dumps([item.text, item.question, item.codes.tolist()]).encode())
+            facts = [item.text, item.question, item.written, item.codes.tolist()]
+            summary.update(json.dumps(facts).encode())
         corpus.digest.copy_(torch.tensor(list(summary.digest()), dtype=torch.uint8))
         return corpus
 
