@@ -488,17 +488,17 @@ def ctc_trellis(
 def codebook_usage(
     counts: Any, perplexity: float | None = None, title: str = "", ax: Axes | None = None
 ) -> Axes:
-    """How often each code (codes,) was used, most used first, against equal use."""
+    """How often each code (codes,) was used, most used first, against equal use; shares on a logarithmic scale."""
     counts, ax = np.sort(numbers(counts).astype(float).reshape(-1))[::-1], new_axes(ax, (10, 2.6))
     share = counts / max(counts.sum(), 1)
     if perplexity is None:
         perplexity = float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
-    ax.stairs(100 * share, np.arange(counts.size + 1), fill=True, color=ASSISTANT)
+    floor = 30 * min(1 / counts.size, *share[share > 0])  # below the rarest code; unused ones stay empty
+    ax.stairs(100 * share, np.arange(counts.size + 1), baseline=floor, fill=True, color=ASSISTANT)
     ax.axhline(100 / counts.size, color=INK, linestyle="--", linewidth=1, label="equal use")
     ax.axvline(perplexity, color=USER, linestyle=":", linewidth=1.5, label=f"perplexity {perplexity:.0f}")
-    ax.set(
-        xlabel="codes, most used first", ylabel="share of tokens (%)", xlim=(0, counts.size), ylim=(0, None)
-    )
+    ax.set(xlabel="codes, most used first", ylabel="share of tokens (%)", xlim=(0, counts.size), yscale="log")
+    ax.set_ylim(floor, None)
     ax.legend()
     return heading(
         ax, title or f"{(counts > 0).sum()} of {counts.size} codes in use, perplexity {perplexity:.0f}"

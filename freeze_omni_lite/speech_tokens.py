@@ -26,11 +26,13 @@ from .codec import Codec
 from .errors import InputError, StageMismatch
 from .files import atomic_write_bytes
 from .frozen_llm import FrozenLLM
-from .ranks import barrier, is_main, rank, world
+from .ranks import barrier, is_main, rank, say, world
 from .scales import Preset
 from .stages import shown
 from .text import ChatLayout, clean_for_speech, token_ids
 from .turns import answer_questions
+
+ANSWERED_AT_ONCE = 128  # questions between two lines of progress
 
 # ---- what is said ----------------------------------------------------------------------------------------------------
 
@@ -64,7 +66,12 @@ def llm_answers(llm: FrozenLLM, preset: Preset, system_prompt: str, seed: int) -
     """The frozen LLM's own answers to as many questions as the preset says, as they are spoken; equal ones once."""
     layout = ChatLayout.from_tokenizer(llm.tokenizer, system_prompt)
     asked = list(dict.fromkeys(question.text for question in sentences.questions(preset.answers, seed)))
-    answers = answer_questions(llm, layout, asked, preset.answer_tokens)
+    answers: list[str] = []
+    for first in range(0, len(asked), ANSWERED_AT_ONCE):
+        answers += answer_questions(
+            llm, layout, asked[first : first + ANSWERED_AT_ONCE], preset.answer_tokens
+        )
+        say(f"the LLM answered {len(answers)} of {len(asked)} questions")
     lines = [
         Line(clean_for_speech(text), question, written=text)
         for question, text in zip(asked, answers, strict=True)

@@ -20,13 +20,8 @@ from freeze_omni_lite.speech_tokens import (
 )
 
 HASH = "a" * 64
-LINES = [
-    Line("one"),
-    Line("two", "what comes after one?", written="**two**"),
-    Line("three"),
-    Line("four, five"),
-    Line("six"),
-]
+ANSWER = Line("two", "what comes after one?", written="**two**")
+LINES = [Line("one"), ANSWER, Line("three"), Line("four, five"), Line("six")]
 LENGTHS = [1, 5_999, 24_000, 601, 14_400]
 
 
