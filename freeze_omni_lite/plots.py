@@ -650,6 +650,52 @@ def draw_probabilities(ax: Axes, states: Sequence[Mapping[str, Any]]) -> None:
     ax.legend(loc="upper left", fontsize=8)
 
 
+def label_strip(
+    waveform: Any,
+    labels: Sequence[int],
+    marks: Mapping[str, float] | None = None,
+    sample_rate_hz: int = 16_000,
+    title: str = "",
+    ax: Sequence[Axes] | None = None,
+) -> np.ndarray:
+    """A recording and the label of each of its chunks; a negative label (IGNORE) is left empty."""
+    labels = [int(label) for label in labels]
+    ax = panels(ax, (1.2, 0.5), (10, 2.5))
+    draw_waveform(ax[0], waveform, sample_rate_hz, USER)
+    rows = [
+        {"t_ms": 1000 * CHUNK_SECONDS * (i + 1), "state": s if s >= 0 else None} for i, s in enumerate(labels)
+    ]
+    draw_states(ax[1], rows)
+    ax[0].set_xlim(0, CHUNK_SECONDS * len(labels))
+    ax[1].xaxis.set_major_formatter("{x:g} s")
+    ax[1].tick_params(labelbottom=False)
+    ax[0].tick_params(labelbottom=True)
+    ax[0].set_xlabel("time (s)", labelpad=1)
+    return finish_dialogue(ax, title or turn_taken(rows), marks)
+
+
+PIECES = {  # what a stretch of LLM positions holds: colour, hatch
+    "text": (FROZEN, ""),
+    "prompt": (TRAINED, "//"),
+    "speech": (LISTENING, ".."),
+    "answer": (ASSISTANT, "xx"),
+}
+
+
+def positions(pieces: Sequence[tuple[str, str, int]], title: str = "", ax: Axes | None = None) -> Axes:
+    """A dialogue as the LLM reads it, one bar: pieces (name, kind, positions), kind one of PIECES."""
+    ax, at = new_axes(ax, (10, 1.7)), 0
+    for name, kind, count in pieces:
+        colour, hatch = PIECES[kind]
+        ax.barh(0, count, left=at, color=colour, hatch=hatch, edgecolor=INK, linewidth=0.5)
+        ax.text(at + count / 2, 0.5, f"{name}\n{count}", ha="center", va="bottom", fontsize=8)
+        at += count
+    keys = [Patch(facecolor=c, hatch=h, edgecolor=INK) for c, h in PIECES.values()]
+    ax.legend(keys, list(PIECES), ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.45))
+    ax.set(xlabel="LLM position", xlim=(0, at), ylim=(-0.45, 1.2), yticks=[])
+    return heading(ax, title or f"{at} positions")
+
+
 def turn_taken(states: Sequence[Mapping[str, Any]]) -> str:
     """The finding of a state strip in one sentence."""
     for row in states:

@@ -23,6 +23,7 @@ from .samples import (
     collate,
     generator_for,
     load_audio,
+    plan_questions,
     random_voice,
     recipe_of,
     synthesize,
@@ -66,6 +67,10 @@ class Scene:
     def voice(self) -> Voice | None:
         return self.pieces[0].voice if self.pieces else None
 
+    def accepts(self, answer: str) -> bool:
+        """Whether `answer` holds one of the accepted answers."""
+        return sentences.Question(self.text, self.kind, "", self.answers).accepts(answer)
+
     @property
     def duration_seconds(self) -> float:
         spoken = sum(p.last_voiced_seconds - p.segments[0][0] for p in self.pieces if p.segments)
@@ -94,6 +99,24 @@ def plan_scenes(
             plan_scene("unfinished", i, [text], generator, split, seed, complete=False, tail=(2.3, 2.9))
         )
     return scenes
+
+
+def plan_dialogues(count: int, max_turns: int, seed: int, split: str = "train") -> list[list[Scene]]:
+    """`count` dialogues of 1 to `max_turns` complete questions, each dialogue in one voice."""
+    lengths = [1 + number % max_turns for number in range(count)]
+    questions = iter(plan_questions(sum(lengths), seed, split))
+    dialogues = []
+    for number, turns in enumerate(lengths):
+        generator = sentences.stream(seed, split, f"dialogue {number}")
+        asked = [next(questions) for _ in range(turns)]
+        one = {"split": split, "seed": seed, "voice": asked[0].voice, "tail": (1.0, 1.3)}
+        dialogues.append(
+            [
+                plan_scene("plain", 100 * number + turn, [q.text], generator, answers=q.answers, **one)
+                for turn, q in enumerate(asked)
+            ]
+        )
+    return dialogues
 
 
 def plan_scene(

@@ -112,6 +112,40 @@ def answer_questions(llm: FrozenLLM, layout: ChatLayout, questions: list[str], m
     return [whole_sentences(llm.tokenizer.decode(ids)) for ids in llm.answers(prompts, max_tokens)]
 
 
+Answer = tuple[list[int], int | None]  # token ids and the end token, as Row.answer takes them
+
+
+def answer_dialogues(
+    llm: FrozenLLM, layout: ChatLayout, dialogues: list[list[str]], max_tokens: int
+) -> list[list[Answer]]:
+    """The frozen LLM's own greedy answers to every question of every dialogue, all by text.
+
+    A question is answered in the context of the questions and answers before it. An answer that runs into the limit
+    is cut after its last whole sentence; if it has none, it is left open (no end token).
+    """
+    context, answers = [list(layout.system) for _ in dialogues], [[] for _ in dialogues]
+    for turn in range(max(map(len, dialogues))):
+        asked = [number for number, questions in enumerate(dialogues) if turn < len(questions)]
+        for number in asked:
+            question = llm.tokenizer.encode(dialogues[number][turn], add_special_tokens=False)
+            context[number] += layout.user + question + layout.assistant
+        written = llm.answers([context[number] for number in asked], max_tokens)
+        for number, ids in zip(asked, written, strict=True):
+            answers[number].append(finished(llm, layout, ids, max_tokens))
+            context[number] += answers[number][-1][0]
+    return answers
+
+
+def finished(llm: FrozenLLM, layout: ChatLayout, ids: list[int], max_tokens: int) -> Answer:
+    """Generated ids with their end token, cut after a whole sentence if the limit was reached."""
+    if len(ids) < max_tokens:
+        return ids, layout.end_of_turn[0]
+    text = whole_sentences(llm.tokenizer.decode(ids))
+    if text[-1:] not in tuple(".!?"):
+        return ids, None
+    return llm.tokenizer.encode(text, add_special_tokens=False), layout.end_of_turn[0]
+
+
 def whole_sentences(text: str) -> str:
     """Text up to its last sentence end, or all of it if there is none.
 

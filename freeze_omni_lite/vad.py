@@ -6,7 +6,7 @@ Paper: "Duplex": the VAD only detects the start of speech. Released constants: t
 import torch
 from torch import Tensor
 
-from .audio import CHUNK_MS, CHUNK_SAMPLES, exact
+from .audio import CHUNK_MS, CHUNK_SAMPLES, exact, pad_to_chunks
 
 WINDOW_SAMPLES = 512  # what Silero takes at 16 kHz
 WINDOWS_PER_CHUNK = exact(CHUNK_SAMPLES, WINDOW_SAMPLES)  # 5
@@ -41,3 +41,10 @@ class SpeechGate:
         """Forget everything heard: after a decision the next turn starts fresh."""
         self.model.reset_states()
         self.silence_ms = 0
+
+
+def opening(waveform: Tensor, gate: SpeechGate) -> int | None:
+    """Index of the 160 ms chunk of a waveform (samples,) that opens a fresh gate; None if it stays shut."""
+    gate.reset()
+    chunks = pad_to_chunks(waveform).view(-1, CHUNK_SAMPLES)
+    return next((number for number, chunk in enumerate(chunks) if gate.step(chunk)), None)

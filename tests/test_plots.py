@@ -64,6 +64,8 @@ FIGURES = {
     "directions": lambda: plots.directions([[2, 0], [0, 1]], [0, 0], [[1, 0], [-1, 0]]),
     "confusion": lambda: plots.confusion([[3, 0, 0], [0, 2, 1], [0, 0, 0]]),
     "states_strip": lambda: plots.states_strip(CLIP, STATES, MARKS),
+    "label_strip": lambda: plots.label_strip(CLIP, [0, 0, 0, 1, -100, -100], MARKS),
+    "positions": lambda: plots.positions([("system", "text", 9), ("prompts", "prompt", 25)]),
     "session": lambda: plots.session(CLIP, CLIP, STATES, MARKS, answer_start_ms=800),
     "latency_waterfall": lambda: plots.latency_waterfall({"hear": 100.0, "think": None, "total": 100.0}),
 }
@@ -77,7 +79,8 @@ def test_figure_draws_and_its_title_states_something(name):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(FIGURES) - {"architecture", "confusion", "directions", "mask", "ctc_trellis"})
+    "name",
+    sorted(set(FIGURES) - {"architecture", "confusion", "directions", "mask", "ctc_trellis", "positions"}),
 )
 def test_axes_with_a_quantity_name_its_unit(name):
     labels = [ax.get_xlabel() for ax in first(FIGURES[name]()).figure.axes]

@@ -90,3 +90,16 @@ def test_every_scene_is_seen_once_in_a_pass(made):
     assert sorted(seen) == sorted(scene.id for scene in made)
     assert data.recipe == scenes.DuplexScenes(made, batch_seconds=15).recipe
     assert samples.recipe_of(made) != samples.recipe_of(made[1:])
+
+
+def test_a_dialogue_is_complete_questions_in_one_voice():
+    dialogues = scenes.plan_dialogues(7, 3, seed=1)
+    assert [len(turns) for turns in dialogues] == [1, 2, 3, 1, 2, 3, 1]
+    assert dialogues == scenes.plan_dialogues(7, 3, seed=1)
+    for turns in dialogues:
+        assert len({scene.voice for scene in turns}) == 1
+        assert all(scene.complete and scene.addressed for scene in turns)
+    asked = [scene for turns in dialogues for scene in turns]
+    assert len({scene.id for scene in asked}) == len({scene.text for scene in asked}) == 13
+    right = next(scene for scene in asked if scene.answers)
+    assert right.accepts(f"It is {right.answers[0]}.") and not right.accepts("I do not know.")

@@ -3,7 +3,7 @@ import torch
 
 from freeze_omni_lite.frozen_llm import IGNORE
 from freeze_omni_lite.text import ChatLayout
-from freeze_omni_lite.turns import Row, join, speech_states, transcript_row, written
+from freeze_omni_lite.turns import Row, answer_dialogues, join, speech_states, transcript_row, written
 
 
 def test_each_answer_token_is_predicted_by_the_position_before_it():
@@ -49,3 +49,18 @@ def test_a_transcript_row_ends_where_the_llm_begins_to_write():
     assert torch.equal(torch.cat(row.vectors), wanted) and row.speech == [(5, 3)]
     first = llm.logits(llm.hidden(wanted[None])[0, -1]).argmax()
     assert written(row, 1) == ("" if int(first) in llm.end_tokens else llm.tokenizer.decode([first]).strip())
+
+
+def test_dialogue_answers_see_the_turns_before_them():
+    llm = tiny.llm()
+    layout = ChatLayout.from_tokenizer(llm.tokenizer, "you are helpful")
+    dialogues = [["what is red ?"], ["hello", "what is the capital of france ?"]]
+    answers = answer_dialogues(llm, layout, dialogues, 5)
+    assert [len(turns) for turns in answers] == [1, 2]
+    (first, end), (second, _) = answers[1]
+    context = layout.system
+    for question, answer in zip(dialogues[1], (first, []), strict=True):
+        context = context + layout.user + llm.tokenizer.encode(question) + layout.assistant + answer
+    alone = llm.answers([context], 5)[0]
+    assert second == alone[: len(second)] and (len(alone) < 5 or second)
+    assert end in (None, layout.end_of_turn[0])
