@@ -204,10 +204,10 @@ STAGES: dict[str, dict[str, tuple]] = {
         llm=LLM,
         layers=(2, 4, 4, 4, "stated", "prefix blocks, one for each shared block"),
         **fitting(
-            (20, 200, 5_000, 100_000),
+            (60, 200, 5_000, 100_000),
             (20.0, 60.0, 400.0, 3200.0),
-            (2e-3, 1e-3, 5e-4, 5e-5, "stated", "AdamW learning rate"),
-            (2, 20, 200, 4000, "config", "warm-up steps"),
+            (3e-3, 1e-3, 5e-4, 5e-5, "stated", "AdamW learning rate"),
+            (5, 20, 200, 4000, "config", "warm-up steps"),
         ),
     ),
 }
