@@ -71,11 +71,18 @@ class Session:
 
     seed        of the speech decoder's sampling
     timeout_ms  silence after which an undecided turn is dropped; None: wait for a decision
+    thresholds  probabilities above which a turn is answered and is dropped; None: the preset's. May be set at any time
     """
 
-    def __init__(self, system: System, seed: int = 1, timeout_ms: int | None = 2000) -> None:
+    def __init__(
+        self,
+        system: System,
+        seed: int = 1,
+        timeout_ms: int | None = 2000,
+        thresholds: tuple[float, float] | None = None,
+    ) -> None:
         self.system, self.generator = system, torch.Generator().manual_seed(seed)
-        self.timeout_ms = timeout_ms
+        self.timeout_ms, self.thresholds = timeout_ms, thresholds
         self.gate = SpeechGate()
         self.mel_state = system.features.start()
         self.waiting = torch.zeros(0)
@@ -149,7 +156,8 @@ class Session:
         turn.hidden = s.llm.prefill(s.adapter.step(frames, turn.adapter), self.cache)[:, -1:]
         p = s.state_head.probabilities(turn.hidden[0, -1])
         preset = s.stage("duplex").preset
-        return decide(p, preset.take_turn_threshold, preset.no_response_threshold), p
+        thresholds = self.thresholds or (preset.take_turn_threshold, preset.no_response_threshold)
+        return decide(p, *thresholds), p
 
     @property
     def transcript(self) -> str:

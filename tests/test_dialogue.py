@@ -157,6 +157,15 @@ def test_silence_drops_an_undecided_turn(system):
     assert closed[0].t_ms == CHUNK_MS * (3 + 5 + 13), "2 s of silence end in the 13th chunk"
 
 
+def test_thresholds_of_a_session_win_over_the_preset(system):
+    system.answer_with(1)
+    patient = Session(system, thresholds=(1.0, 1.0))
+    assert "closed" not in kinds(list(patient.feed(recording())))
+    patient.thresholds = (1.0, 0.0)  # moved while a turn is open: the next chunk is dropped
+    closed = [e for e in patient.feed(torch.zeros(CHUNK_SAMPLES)) if e.kind == "closed"]
+    assert [e.data["state"] for e in closed] == [DialogueState.NO_RESPONSE]
+
+
 @pytest.mark.parametrize(("end_of_file", "outcome"), [("force", "answered"), ("wait", "ignored")])
 def test_talk_at_the_end_of_the_file(system, end_of_file, outcome):
     system.answer_with(0)
