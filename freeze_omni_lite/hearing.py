@@ -56,7 +56,7 @@ class Listener(nn.Module):
         self.requires_grad_(False).eval()
         self.gate = SpeechGate()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def hear(self, waveform: Tensor, timeline: Timeline, **rules: int) -> Heard | None:
         """A recording (samples,) at 16 kHz and what happens in it -> Heard; None if the gate never opens.
 
@@ -72,4 +72,4 @@ class Listener(nn.Module):
         frames, frame_lengths = self.encoder(mels[:, MEL_FRAMES_PER_CHUNK * first :])
         vectors, _ = self.adapter(frames, frame_lengths)
         labels = chunk_labels(timeline, chunks, first, opened, **rules)
-        return Heard(vectors[0].clone(), first, opened, labels)
+        return Heard(vectors[0], first, opened, labels)

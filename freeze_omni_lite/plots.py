@@ -684,15 +684,16 @@ PIECES = {  # what a stretch of LLM positions holds: colour, hatch
 
 def positions(pieces: Sequence[tuple[str, str, int]], title: str = "", ax: Axes | None = None) -> Axes:
     """A dialogue as the LLM reads it, one bar: pieces (name, kind, positions), kind one of PIECES."""
-    ax, at = new_axes(ax, (10, 1.7)), 0
-    for name, kind, count in pieces:
+    ax, at, lifted = new_axes(ax, (10, 1.9)), 0, False
+    for (name, kind, count), before in zip(pieces, [("", "", 99), *pieces], strict=False):
+        lifted = min(count, before[2]) < 10 and not lifted  # two narrow pieces: the second name stands higher
         colour, hatch = PIECES[kind]
         ax.barh(0, count, left=at, color=colour, hatch=hatch, edgecolor=INK, linewidth=0.5)
-        ax.text(at + count / 2, 0.5, f"{name}\n{count}", ha="center", va="bottom", fontsize=8)
+        ax.text(at + count / 2, 1.15 if lifted else 0.5, f"{name}\n{count}", ha="center", va="bottom", fontsize=8)
         at += count
     keys = [Patch(facecolor=c, hatch=h, edgecolor=INK) for c, h in PIECES.values()]
     ax.legend(keys, list(PIECES), ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.45))
-    ax.set(xlabel="LLM position", xlim=(0, at), ylim=(-0.45, 1.2), yticks=[])
+    ax.set(xlabel="LLM position", xlim=(0, at), ylim=(-0.45, 1.9), yticks=[])
     return heading(ax, title or f"{at} positions")
 
 
