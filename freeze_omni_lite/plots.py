@@ -400,7 +400,8 @@ def learning_curves(
     if len(series) > 1:
         ax.legend()
     ax.set(xlabel=x_label, ylabel=y_label)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=x_label == "step"))
+    whole = all(isinstance(x, int) for points in series.values() for x, _ in points)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=whole))
     return heading(ax, title)
 
 
@@ -426,6 +427,8 @@ def error_bars(
     ax.set_xticks(range(len(groups)), list(groups))
     ax.set(ylabel=y_label, xlim=(-0.6, len(groups) - 0.4))
     ax.margins(y=0.15)
+    if not any(v > 0 for group in groups.values() for v in group.values()):
+        ax.set_ylim(0, 1)
     if names != [""]:
         ax.legend(ncols=len(names), loc="lower right", bbox_to_anchor=(1, 1))
     return heading(ax, title)
@@ -618,7 +621,7 @@ def session(
     return finish_dialogue(ax, title or turn_taken(states), marks)
 
 
-def draw_states(ax: Axes, states: Sequence[Mapping[str, Any]]) -> None:
+def draw_states(ax: Axes, states: Sequence[Mapping[str, Any]], empty: str = "not listening") -> None:
     """One box a chunk: colour and hatch of its state, empty where nobody listens."""
     for row in states:
         state = row["state"]
@@ -631,7 +634,7 @@ def draw_states(ax: Axes, states: Sequence[Mapping[str, Any]]) -> None:
     keys = [Patch(facecolor=c, hatch=h, edgecolor=INK) for c, h in STATE_LOOK] + [
         Patch(facecolor=PAPER, edgecolor=QUIET)
     ]
-    names = [*(f"{i} {name}" for i, name in enumerate(STATE_NAMES)), "not listening"]
+    names = [*(f"{i} {name}" for i, name in enumerate(STATE_NAMES)), empty]
     place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.02), borderaxespad=0.3)
     ax.legend(keys, names, ncols=4, fontsize=8, handlelength=1.6, **place)
     ax.set(ylim=(0, 1), yticks=[], ylabel="state")
@@ -665,9 +668,8 @@ def label_strip(
     rows = [
         {"t_ms": 1000 * CHUNK_SECONDS * (i + 1), "state": s if s >= 0 else None} for i, s in enumerate(labels)
     ]
-    draw_states(ax[1], rows)
+    draw_states(ax[1], rows, "no label")
     ax[0].set_xlim(0, CHUNK_SECONDS * len(labels))
-    ax[1].xaxis.set_major_formatter("{x:g} s")
     ax[1].tick_params(labelbottom=False)
     ax[0].tick_params(labelbottom=True)
     ax[0].set_xlabel("time (s)", labelpad=1)
@@ -689,7 +691,9 @@ def positions(pieces: Sequence[tuple[str, str, int]], title: str = "", ax: Axes 
         lifted = min(count, before[2]) < 10 and not lifted  # two narrow pieces: the second name stands higher
         colour, hatch = PIECES[kind]
         ax.barh(0, count, left=at, color=colour, hatch=hatch, edgecolor=INK, linewidth=0.5)
-        ax.text(at + count / 2, 1.15 if lifted else 0.5, f"{name}\n{count}", ha="center", va="bottom", fontsize=8)
+        ax.text(
+            at + count / 2, 1.15 if lifted else 0.5, f"{name}\n{count}", ha="center", va="bottom", fontsize=8
+        )
         at += count
     keys = [Patch(facecolor=c, hatch=h, edgecolor=INK) for c, h in PIECES.values()]
     ax.legend(keys, list(PIECES), ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.45))
