@@ -7,24 +7,29 @@ number that means nothing.
 """
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from . import metrics, verbs
-from .audio import SAMPLE_RATE_HZ, SPEECH_SAMPLE_RATE_HZ, pad_to_chunks, resample
+from .attention import lengths_mask
+from .audio import LLM_VECTORS_PER_SECOND, SAMPLE_RATE_HZ, SPEECH_SAMPLE_RATE_HZ, pad_to_chunks, resample
+from .dialogue import Session
+from .duplex import DialogueState
 from .errors import InputError
-from .frozen_llm import FrozenLLM, predicting_states
+from .frozen_llm import FrozenLLM, predicting_states, until
 from .metrics import Judge
 from .samples import Utterance, load_audio
 from .sentences import Question
 from .speech_tokens import Spoken, pad_rows
 from .system import System
 from .text import ChatLayout, clean_for_speech, token_ids
-from .turns import Row, text_turn, written
+from .turns import Row, text_turn, transcript_limit, transcript_row
 
 NOT_MEASURED = "not measured"
 THROUGH = {"ctc": "CTC (stage 1)", "llm": "LLM (stage 2)"}
@@ -50,13 +55,44 @@ class Transcribed:
     llm: str
 
 
+@torch.inference_mode()
 def transcribed(system: System, utterances: Sequence[Utterance]) -> list[Transcribed]:
-    """Every utterance, through stage 1 and through stage 2."""
-    found = []
-    for utterance in utterances:
-        waveform = load_audio(utterance)
-        heard = {through: verbs.transcribe(system, waveform, through) for through in THROUGH}
-        found.append(Transcribed(utterance.text, **heard))
+    """Every utterance, through stage 1 and through stage 2; the LLM writes all of them as one batch."""
+    waveforms = [load_audio(utterance) for utterance in utterances]
+    read = [verbs.transcribe_ctc(system, waveform) for waveform in waveforms]
+    task, layout = system.task_embedding(1)[0], system.transcript_layout
+    rows = [transcript_row(system.llm, layout, task, vectors_of(system, waveform)) for waveform in waveforms]
+    limits = [transcript_limit(row.speech[0][1] / LLM_VECTORS_PER_SECOND) for row in rows]
+    wrote = write_together(system.llm, rows, limits)
+    return [Transcribed(u.text, ctc, llm) for u, ctc, llm in zip(utterances, read, wrote, strict=True)]
+
+
+def vectors_of(system: System, waveform: Tensor) -> Tensor:
+    """A recording (samples,) at 16 kHz -> what the LLM hears of it (vectors, llm_width)."""
+    mels = system.features(pad_to_chunks(waveform)[None].to(system.device))
+    vectors, _ = system.adapter(*system.encoder(mels))
+    return vectors[0]
+
+
+def write_together(llm: FrozenLLM, rows: Sequence[Row], limits: Sequence[int], batch: int = 16) -> list[str]:
+    """What the LLM writes, greedily, after each row, `limits` tokens at most; batched with padding on the left."""
+    found: list[str] = []
+    for first in range(0, len(rows), batch):
+        part, most = rows[first : first + batch], limits[first : first + batch]
+        vectors = [torch.cat(row.vectors).flip(0) for row in part]
+        seen = lengths_mask(torch.tensor([len(row) for row in part]), max(map(len, part))).flip(1)
+        out = llm.model.generate(
+            inputs_embeds=pad_sequence(vectors, batch_first=True).flip(1),
+            attention_mask=seen.long().to(llm.device),
+            max_new_tokens=max(most),
+            do_sample=False,
+            eos_token_id=sorted(llm.end_tokens),
+            pad_token_id=min(llm.end_tokens),
+        )
+        written = [
+            list(until(ids[:limit], llm.end_tokens)) for ids, limit in zip(out.tolist(), most, strict=True)
+        ]
+        found += [llm.tokenizer.decode(ids).strip() for ids in written]
     return found
 
 
@@ -184,29 +220,31 @@ class Asked:
         return Question(self.question, "", "", self.accepted).accepts(answer)
 
 
-@torch.inference_mode()
-def ask_by_speech(system: System, waveform: Tensor) -> str:
-    """A whole recorded question (samples,) at 16 kHz -> the LLM's text answer, whatever the dialogue states say.
+def spoken_question(system: System, waveform: Tensor) -> Row:
+    """A whole recorded question (samples,) at 16 kHz as a row that is open for the answer.
 
     The layout of `verbs.ask`, with prompt embedding and adapter vectors where the words stood.
     """
-    mels = system.features(pad_to_chunks(waveform)[None].to(system.device))
-    vectors, _ = system.adapter(*system.encoder(mels))
     layout = system.layout
     row = Row(system.llm).tokens(layout.system + layout.user).trained(system.prompt_embedding(1)[0])
-    limit = system.stage("encoder_prompt").preset.answer_tokens
-    return written(row.spoken(vectors[0]).tokens(layout.assistant), limit)
+    return row.spoken(vectors_of(system, waveform)).tokens(layout.assistant)
 
 
+@torch.inference_mode()
 def asked(system: System, questions: Sequence[Utterance]) -> list[Asked]:
-    """Every question by text and by speech. Raises InputError for a question without accepted answers."""
+    """Every question by text and by speech, whatever the dialogue states say, each as one batch.
+
+    Raises InputError for a question without accepted answers.
+    """
     for question in questions:
         if not question.answers:
             raise InputError(f"{question.text!r} has no accepted answers: give questions that can be scored.")
-    return [
-        Asked(q.text, q.answers, verbs.ask(system, q.text), ask_by_speech(system, load_audio(q)))
-        for q in questions
-    ]
+    llm, limit = system.llm, system.stage("encoder_prompt").preset.answer_tokens
+    prompts = [text_turn(system.layout, token_ids(llm.tokenizer, q.text)) for q in questions]
+    by_text = [llm.tokenizer.decode(ids).strip() for ids in llm.answers(prompts, limit)]
+    rows = [spoken_question(system, load_audio(q)) for q in questions]
+    by_speech = write_together(llm, rows, [limit] * len(rows))
+    return [Asked(q.text, q.answers, *pair) for q, *pair in zip(questions, by_text, by_speech, strict=True)]
 
 
 def question_rows(items: Sequence[Asked]) -> list[TableRow]:
@@ -240,7 +278,7 @@ def latency_rows(traces: Sequence[Mapping[str, Any]]) -> list[TableRow]:
     rows = []
     for part, name in PARTS.items():
         found = metrics.latency_summary(trace["latency_ms"][part] for trace in traces)
-        reason = f"{NOT_MEASURED}: none of {len(traces)} turns got there by itself"
+        reason = f"{NOT_MEASURED}: none of {len(traces)} turns got there"
         values = {key: reason if found[key] is None else found[key] for key in ("mean", "p50", "p90")}
         rows.append(
             {
@@ -254,9 +292,34 @@ def latency_rows(traces: Sequence[Mapping[str, Any]]) -> list[TableRow]:
     return rows
 
 
+class Patient(Session):
+    """Hears a recording to its end, whatever the state head says: for the latency of answers that it would refuse."""
+
+    def _listen(self, mels: Tensor) -> tuple[DialogueState, Tensor]:
+        return DialogueState.KEEP_LISTENING, super()._listen(mels)[1]
+
+
+@torch.inference_mode()
+def talk_to_the_end(system: System, waveform: Tensor, seed: int = 1) -> TableRow:
+    """The trace of one spoken turn that is answered at the end of the recording; "no_speech" if nothing was heard."""
+    started = time.perf_counter()
+    session = Patient(system, seed, timeout_ms=None)
+    events = list(session.feed(pad_to_chunks(waveform)))
+    if session.turn is not None:
+        events += session.close(DialogueState.TAKE_TURN)
+    return verbs.trace(session, events, True, True, time.perf_counter() - started)
+
+
+def latency_traces(system: System, questions: Sequence[Utterance], seed: int = 1) -> list[TableRow]:
+    """A trace of `verbs.talk` for every question, and one forced to answer for every question it did not answer."""
+    traces = [verbs.talk(system, load_audio(q), seed=seed).trace for q in questions]
+    silent = [q for q, trace in zip(questions, traces, strict=True) if trace["outcome"] != "answered"]
+    return traces + [talk_to_the_end(system, load_audio(q), seed) for q in silent]
+
+
 def latency_table(system: System, questions: Sequence[Utterance], seed: int = 1) -> list[TableRow]:
-    """T4. questions: spoken, answered aloud one by one."""
-    return latency_rows([verbs.talk(system, load_audio(q), seed=seed).trace for q in questions])
+    """T4. questions: spoken, answered aloud one by one. Only decisions that were not forced count as decisions."""
+    return latency_rows(latency_traces(system, questions, seed))
 
 
 # ---- as text --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from freeze_omni_lite.evaluation import Asked, Transcribed
 from freeze_omni_lite.metrics import Judge
 from freeze_omni_lite.samples import Utterance
 from freeze_omni_lite.speech_tokens import Spoken
-from freeze_omni_lite.turns import answer_questions, whole_sentences
+from freeze_omni_lite.turns import Row, answer_questions, whole_sentences, written
 
 ANSWERS = [
     Spoken("paris", torch.arange(5), "what is the capital of france ?", "paris"),
@@ -128,18 +128,34 @@ def test_both_ways_ask_the_same_frozen_llm(system, spoken_questions):
 
 def test_a_question_by_speech_equals_the_streamed_turn(system, spoken_questions):
     """Chunk by chunk or at once, the LLM reads the same row: the gate opens at the first voiced chunk."""
-    system.answer_with(0)
     waveform = recording(silent=0, silent_after=0)
-    turn = verbs.talk(system, waveform)
-    silence = torch.zeros(verbs.SILENCE_AFTER_FILE_CHUNKS * 2560)
-    assert turn.trace["forced"]
-    assert turn.trace["text"].strip() == evaluation.ask_by_speech(system, torch.cat([waveform, silence]))
+    trace = evaluation.talk_to_the_end(system, waveform)
+    row = evaluation.spoken_question(system, waveform)
+    limit = system.stage("encoder_prompt").preset.answer_tokens
+    assert trace["outcome"] == "answered" and trace["text"].strip() == written(row, limit)
+
+
+def test_writing_together_equals_writing_alone(system):
+    torch.manual_seed(3)
+    rows = [Row(system.llm).tokens([1, 5]).trained(torch.randn(n, system.llm.width)) for n in (2, 9, 5)]
+    limits = [4, 7, 12]
+    alone = [written(row, limit) for row, limit in zip(rows, limits, strict=True)]
+    assert evaluation.write_together(system.llm, rows, limits, batch=2) == alone and len(set(alone)) > 1
+
+
+def test_transcripts_equal_the_verb(system, spoken_questions):
+    items = evaluation.transcribed(system, spoken_questions)
+    assert [item.ctc for item in items] == [verbs.transcribe(system, recording(), "ctc")] * 2
+    assert [item.llm for item in items] == [verbs.transcribe(system, recording(), "llm")] * 2
 
 
 def test_latency_rows_and_their_gaps(system, spoken_questions):
     system.answer_with(0)  # never decided: the answer is forced
     rows = evaluation.latency_table(system, spoken_questions)
-    assert rows[0]["turns"] == 0 and "none of 2 turns" in rows[0]["mean ms"]
+    assert [row["turns"] for row in rows] == [0, 2, 2, 2, 2]
+    system.answer_with(2)  # ignored: answered in a second try
+    assert [row["turns"] for row in evaluation.latency_table(system, spoken_questions)] == [2, 2, 2, 2, 2]
+    assert "none of 2 turns" in rows[0]["mean ms"]
     assert len(rows) == 5 and all(map(evaluation.is_honest, (cell for row in rows for cell in row.values())))
     trace = {"latency_ms": dict.fromkeys(evaluation.PARTS, 100.0)}
     row = evaluation.latency_rows([trace, {"latency_ms": dict.fromkeys(evaluation.PARTS, 300.0)}])[-1]
