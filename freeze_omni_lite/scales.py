@@ -98,7 +98,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         corpus=CORPUS,
         manifest=MANIFEST,
         **fitting(
-            (200, 1200, 40_000, 400_000),
+            (240, 1200, 40_000, 400_000),
             (8.0, 96.0, 400.0, 1200.0),
             (6e-3, 1e-3, 1e-3, 2e-4, "stated", "AdamW learning rate"),
             (5, 100, 2000, 5000, "ours", "warm-up steps"),
@@ -126,7 +126,7 @@ STAGES: dict[str, dict[str, tuple]] = {
             (4.0, 48.0, 200.0, 600.0),
             (3e-3, 5e-4, 3e-4, 1e-4, "stated", "AdamW learning rate"),
             (2, 50, 1000, 5000, "ours", "warm-up steps"),
-            schedule=("constant", "cosine", "cosine", "warmup", "config", "after warm-up: as it is, cosine, or inverse square root"),
+            schedule=("constant", "cosine", "cosine", "warmup", "config", "after warm-up, see above"),
         ),
     ),
     "encoder_prompt": dict(
