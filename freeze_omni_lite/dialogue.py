@@ -61,9 +61,7 @@ class OpenTurn:
     encoder: Any
     adapter: Any
     begin: int  # length of the LLM cache before this turn
-    replayed: int  # look-back chunks whose states are ignored
     units: list[int] = field(default_factory=list)
-    hidden: Tensor | None = None
 
 
 class Session:
@@ -138,9 +136,10 @@ class Session:
         return Event("state", self.t_ms, row | dict(zip(("p0", "p1", "p2"), values, strict=True)))
 
     def _open(self) -> Iterator[Event]:
-        """The VAD heard speech: open a user turn and replay what came just before."""
+        """The VAD heard speech: open a user turn and replay what came just before; nobody asks for those states."""
         s = self.system
-        self.turn = OpenTurn(s.encoder.start(), s.adapter.start(), self.cache.length, len(self.look_back))
+        self.turn = OpenTurn(s.encoder.start(), s.adapter.start(), self.cache.length)
+        self.stopwatch = Stopwatch()
         opening = torch.cat([s.llm.embed(s.layout.user), s.prompt_embedding(1)[0]])
         s.llm.prefill(opening[None], self.cache)
         yield Event("opened", self.t_ms)
@@ -153,8 +152,8 @@ class Session:
         s, turn = self.system, self.turn
         frames = s.encoder.step(mels, turn.encoder)
         turn.units.extend(s.ctc_head(frames)[0].argmax(-1).tolist())
-        turn.hidden = s.llm.prefill(s.adapter.step(frames, turn.adapter), self.cache)[:, -1:]
-        p = s.state_head.probabilities(turn.hidden[0, -1])
+        hidden = s.llm.prefill(s.adapter.step(frames, turn.adapter), self.cache)
+        p = s.state_head.probabilities(hidden[0, -1])
         preset = s.stage("duplex").preset
         thresholds = self.thresholds or (preset.take_turn_threshold, preset.no_response_threshold)
         return decide(p, *thresholds), p
