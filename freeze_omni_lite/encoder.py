@@ -194,8 +194,8 @@ class Encoder(nn.Module):
         if mel_lengths is None:
             mel_lengths = torch.full((mels.shape[0],), mels.shape[1], device=mels.device)
         x = self.subsampling(F.pad(self.normalization(mels), (0, 0, CARRY_MELS, 0)))
-        if torch.is_autocast_enabled(x.device.type):  # only the matrix products are short, the residual sum is not
-            x = x.float()
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # only the matrix products are short, the residual sum keeps its digits
         x = self.dropout(x)
         frame_lengths = mel_lengths // ENCODER_DOWNSAMPLING
         mask = self.mask(frame_lengths, x.shape[1], chunk_frames, left_chunks)
