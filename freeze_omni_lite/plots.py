@@ -641,13 +641,12 @@ def draw_states(ax: Axes, states: Sequence[Mapping[str, Any]], empty: str = "not
 
 
 def draw_probabilities(ax: Axes, states: Sequence[Mapping[str, Any]]) -> None:
-    rows = [row for row in states if row["state"] is not None]
-    seconds = [row["t_ms"] / 1000 for row in rows]
+    seconds = [row["t_ms"] / 1000 for row in states]
     for key, colour, line, marker in (("p1", ASSISTANT, "-", "o"), ("p2", INK, "--", "x")):
         name = STATE_NAMES[int(key[1])]
-        ax.plot(
-            seconds, [row[key] for row in rows], line, color=colour, marker=marker, markersize=4, label=name
-        )
+        # No line where the gate was closed and nothing was asked.
+        values = [np.nan if row[key] is None else row[key] for row in states]
+        ax.plot(seconds, values, line, color=colour, marker=marker, markersize=4, label=name)
     ax.axhline(0.5, color=QUIET, linewidth=1, linestyle=":")
     ax.set(ylim=(-0.05, 1.05), ylabel="probability")
     ax.legend(loc="upper left", fontsize=8)
