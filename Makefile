@@ -10,8 +10,8 @@ SCALE ?= tiny
 GPUS ?= 1
 # more for torchrun on several machines, for example TORCHRUN="--nnodes=2 --rdzv-endpoint=first:29500"
 TORCHRUN ?=
-# a recorded question to answer at the end, any audio file
-QUESTION ?= data_samples/questions/capital_of_france.wav
+# recorded questions to answer at the end, any audio files
+QUESTIONS ?= $(wildcard data_samples/questions/*.wav)
 # test workers, and more for pytest, for example PYTEST="-m 'not slow' tests/test_chunk.py"
 WORKERS ?= 2
 PYTEST ?=
@@ -35,11 +35,11 @@ endif
 
 course: $(STAMP)
 	$(RUN) run all --scale $(SCALE)
-	$(BIN)/freeze-omni talk "$(QUESTION)" --scale $(SCALE) -o runs/$(SCALE)/answer.wav --json runs/$(SCALE)/answer.json
+	$(BIN)/freeze-omni talk $(QUESTIONS) --scale $(SCALE) --out-dir runs/$(SCALE)/answers
 	@echo
 	@echo "Look:   runs/$(SCALE)/index.html   every notebook as it ran, with figures and players"
-	@echo "Listen: $(QUESTION) (the question)"
-	@echo "        runs/$(SCALE)/answer.wav (the answer; its trace is answer.json beside it)"
+	@echo "Listen: data_samples/questions/*.wav   the questions"
+	@echo "        runs/$(SCALE)/answers/*.wav        the answers; the state of every chunk is in the .json beside them"
 	@echo "Next:   make lab, or make course SCALE=laptop"
 
 test: $(STAMP)

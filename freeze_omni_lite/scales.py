@@ -73,7 +73,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         corpus=CORPUS,
         manifest=MANIFEST,
         **fitting(
-            (60, 800, 20_000, 400_000),
+            (45, 800, 20_000, 400_000),
             (6.0, 16.0, 64.0, 20.0),
             (2e-3, 1e-3, 5e-4, 2e-4, "config", "Adam learning rate"),
             (5, 50, 500, 1000, "ours", "warm-up steps"),
@@ -161,7 +161,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         unfinished=(3, 150, 2_500, 15_000, "ours", "questions broken off (0, after 2 s of silence 2)"),
         test_samples=(14, 120, 500, 1000, "ours", "unseen scenes"),
         take_turn_threshold=(0.5, 0.5, 0.5, 0.5, "code", "p1 above which the system answers"),
-        no_response_threshold=(0.5, 0.5, 0.5, 0.5, "code", "p2 above which the turn is dropped (asked first)"),
+        no_response_threshold=(0.9, 0.5, 0.5, 0.5, "code", "p2 above which the turn is dropped (asked first)"),
         decision_delay_ms=(160, 160, 160, 160, "ours", "silence after the last voiced sample before the label"),
         decision_weight=(5.0, 5.0, 5.0, 5.0, "ours", "weight of a decision (1, 2) against a listening chunk (0)"),
         timeout_ms=(2000, 2000, 2000, 2000, "code", "silence after which an unfinished turn is dropped"),

@@ -67,7 +67,7 @@ def test_environment_equals_pyproject():
 
 def test_make_shows_its_two_commands_and_one_stamp():
     """`make -n course` prints the steps without doing them: torch before the rest, the runner, the question."""
-    command = ["make", "-n", "course", "VENV=no-such-folder", "QUESTION=a.wav", "GPUS=2", "SCALE=paper"]
+    command = ["make", "-n", "course", "VENV=no-such-folder", "QUESTIONS=a.wav", "GPUS=2", "SCALE=paper"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     steps = [
         "-c constraints.txt torch",
@@ -75,7 +75,7 @@ def test_make_shows_its_two_commands_and_one_stamp():
         "doctor --fix",
         "torchrun --nproc_per_node=2",
         "talk",
-        "answer.wav",
+        "--out-dir runs/paper/answers",
     ]
     places = [shown.index(step) for step in steps]
     assert places == sorted(places)
