@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ import soundfile
 import torch
 
 from freeze_omni_lite import __main__ as cli
-from freeze_omni_lite import run
+from freeze_omni_lite import course
 from freeze_omni_lite.__main__ import main
 
 
@@ -247,21 +246,7 @@ def test_help_and_bad_arguments_import_nothing_heavy(words):
         "assert not {'torch', 'numpy', 'papermill'} & set(sys.modules)\nsys.exit(status)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, *words], cwd=run.ROOT, capture_output=True, text=True
+        [sys.executable, "-c", program, *words], cwd=course.ROOT, capture_output=True, text=True
     )
     assert done.returncode == (0 if "--help" in words else 2), done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_help_answers_in_half_a_second():
-    seconds = []
-    for _ in range(3):  # the best of three, as other work may share the machine
-        begin = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "freeze_omni_lite", "--help"],
-            cwd=run.ROOT,
-            capture_output=True,
-            check=True,
-        )
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 0.5
