@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 from freeze_omni_lite import __main__ as cli
-from freeze_omni_lite import course
+from freeze_omni_lite import course, run
 from freeze_omni_lite.__main__ import main
 
 
