@@ -367,7 +367,12 @@ def test_a_signal_leaves_no_kernel(books, tmp_path, number):
         books, "01_first", worker + f"{log(tmp_path)}(f'{{os.getpid()}} {{w.pid}}')\n", "time.sleep(600)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program(books, tmp_path)], cwd=course.ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program(books, tmp_path)],
+        cwd=course.ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background inherit an ignored SIGINT, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "log").exists() and time.monotonic() < deadline:
