@@ -10,22 +10,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import sentences
 from .audio import SAMPLE_RATE_HZ
 from .augmentation import add_room, make_noise, set_level, uniform
-from .duplex import Timeline, label_chunks
-from .frozen_llm import IGNORE
+from .duplex import Timeline
 from .samples import (
-    Batches,
     Utterance,
-    collate,
-    generator_for,
     load_audio,
     plan_questions,
     random_voice,
-    recipe_of,
     synthesize,
 )
 from .voices import ANSWER_VOICE, Voice
@@ -226,49 +221,3 @@ def voiced_part(utterance: Utterance) -> Tensor:
         return waveform
     begin, end = utterance.segments[0][0], utterance.segments[-1][1]
     return waveform[round(begin * SAMPLE_RATE_HZ) : round(end * SAMPLE_RATE_HZ)]
-
-
-@dataclass
-class DuplexScenes:
-    """Voiced scenes as batches for training.fit: as Speech, with labels (batch, chunks), IGNORE if padded."""
-
-    scenes: Sequence[Scene]
-    batch_seconds: float
-    seed: int = 1
-    decision_delay_ms: int = 160
-    timeout_ms: int = 2000
-
-    def __post_init__(self) -> None:
-        self.batches = Batches(
-            [scene.duration_seconds for scene in self.scenes], self.batch_seconds, self.seed
-        )
-        settings = (self.batch_seconds, self.seed, self.decision_delay_ms, self.timeout_ms)
-        self.recipe = recipe_of(self.scenes, *settings)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __call__(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        number = step * world + rank
-        return self.batch(self.batches[number], number)
-
-    def batch(self, indices: Sequence[int], number: int = 0) -> dict[str, Any]:
-        """The batch of some scenes; `number` decides their noise."""
-        chosen = [self.scenes[index] for index in indices]
-        made = [
-            duplex_sample(scene, generator_for(self.seed, number, index))
-            for scene, index in zip(chosen, indices, strict=True)
-        ]
-        waveforms, chunk_lengths = collate([sample.waveform for sample in made])
-        labels = [
-            label_chunks(sample.timeline, int(chunks), self.decision_delay_ms, self.timeout_ms)
-            for sample, chunks in zip(made, chunk_lengths, strict=True)
-        ]
-        return {
-            "waveforms": waveforms,
-            "chunk_lengths": chunk_lengths,
-            "labels": nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-            "timelines": [sample.timeline for sample in made],
-            "scenes": chosen,
-            "seconds": sum(len(sample.waveform) for sample in made) / SAMPLE_RATE_HZ,
-        }

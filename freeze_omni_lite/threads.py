@@ -32,14 +32,3 @@ def set_threads() -> int:
     if "torch" in sys.modules:  # it was imported first and has already chosen
         sys.modules["torch"].set_num_threads(count)
     return count
-
-
-def onnxruntime_options():
-    """Session options with the same thread count, for the voices and the judges that run on onnxruntime."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = thread_count()
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from freeze_omni_lite import audio, samples, scenes, voices
-from freeze_omni_lite.audio import CHUNK_MS, SAMPLE_RATE_HZ
-from freeze_omni_lite.duplex import DialogueState
+from freeze_omni_lite import audio, scenes, voices
+from freeze_omni_lite.audio import CHUNK_MS, CHUNK_SAMPLES, SAMPLE_RATE_HZ
+from freeze_omni_lite.duplex import DialogueState, label_chunks
 from freeze_omni_lite.frozen_llm import IGNORE
 from freeze_omni_lite.samples import generator_for
 
@@ -70,13 +70,10 @@ def test_a_scene_is_repeatable(made):
 
 
 @needs_voices
-def test_batches_carry_one_decision_for_each_scene(made):
-    data = scenes.DuplexScenes(made, batch_seconds=1000)
-    batch = data(0)
-    assert batch["labels"].shape == (len(made), int(batch["chunk_lengths"].max()))
-    for scene, timeline, row in zip(
-        batch["scenes"], batch["timelines"], batch["labels"].tolist(), strict=True
-    ):
+def test_every_scene_has_one_decision(made):
+    for scene in made:
+        waveform, timeline, _ = scenes.duplex_sample(scene, generator_for(1))
+        row = label_chunks(timeline, -(-len(waveform) // CHUNK_SAMPLES)).tolist()
         decided = [(chunk, label) for chunk, label in enumerate(row) if label not in (0, IGNORE)]
         wanted = DialogueState.TAKE_TURN if scene.complete and scene.addressed else DialogueState.NO_RESPONSE
         assert [label for _, label in decided] == [wanted], scene.kind
@@ -84,11 +81,8 @@ def test_batches_carry_one_decision_for_each_scene(made):
 
 
 @needs_voices
-def test_every_scene_is_seen_once_in_a_pass(made):
-    data = scenes.DuplexScenes(made, batch_seconds=15)
-    seen = [scene.id for step in range(len(data)) for scene in data(step)["scenes"]]
-    assert sorted(seen) == sorted(scene.id for scene in made)
-    assert data.recipe == scenes.DuplexScenes(made, batch_seconds=15).recipe
+def test_another_set_of_scenes_is_another_recipe(made):
+    assert samples.recipe_of(made) == samples.recipe_of(list(made))
     assert samples.recipe_of(made) != samples.recipe_of(made[1:])
 
 
