@@ -7,7 +7,7 @@ from freeze_omni_lite import audio, scenes, voices
 from freeze_omni_lite.audio import CHUNK_MS, CHUNK_SAMPLES, SAMPLE_RATE_HZ
 from freeze_omni_lite.duplex import DialogueState, label_chunks
 from freeze_omni_lite.frozen_llm import IGNORE
-from freeze_omni_lite.samples import generator_for
+from freeze_omni_lite.samples import generator_for, recipe_of
 
 needs_voices = pytest.mark.skipif(
     not (voices.available(voices.ESPEAK) and voices.available(voices.HIBARI)),
@@ -82,8 +82,8 @@ def test_every_scene_has_one_decision(made):
 
 @needs_voices
 def test_another_set_of_scenes_is_another_recipe(made):
-    assert samples.recipe_of(made) == samples.recipe_of(list(made))
-    assert samples.recipe_of(made) != samples.recipe_of(made[1:])
+    assert recipe_of(made) == recipe_of(list(made))
+    assert recipe_of(made) != recipe_of(made[1:])
 
 
 def test_a_dialogue_is_complete_questions_in_one_voice():
