@@ -98,7 +98,7 @@ def make_optimizer(stage: nn.Module, preset: Preset) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=preset.learning_rate, betas=(0.9, preset.beta2))
+    return torch.optim.AdamW(groups, lr=preset.learning_rate, betas=(0.9, preset.beta2), fused=True)
 
 
 # ---- what is written down --------------------------------------------------------------------------------------------
