@@ -79,18 +79,24 @@ def assert_past_never_changes(
 
 
 class StreamingConv1d(nn.Conv1d):
-    """Causal convolution over (batch, channels, time): output j sees inputs up to j * stride, never later ones.
+    """Causal convolution over (batch, channels, time): output j sees its own group of `stride` inputs and earlier ones.
 
-    kernel - 1 zeros stand before the first input. A step takes a multiple of `stride` inputs.
+    kernel - stride zeros stand before the first input, so the newest input of every output is the last of its group:
+    nothing that has arrived waits for the next step. A step takes a multiple of `stride` inputs.
     """
 
+    @property
+    def left(self) -> int:
+        """Inputs that an output sees before its own group."""
+        return self.kernel_size[0] - self.stride[0]
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(nn.functional.pad(x, (self.kernel_size[0] - 1, 0)))
+        return super().forward(nn.functional.pad(x, (self.left, 0)))
 
     def start(self, batch: int = 1) -> dict[str, Tensor]:
-        return {"carry": self.weight.new_zeros(batch, self.in_channels, self.kernel_size[0] - 1)}
+        return {"carry": self.weight.new_zeros(batch, self.in_channels, self.left)}
 
     def step(self, x: Tensor, state: dict[str, Tensor]) -> Tensor:
         joined = torch.cat([state["carry"], x], dim=-1)
-        state["carry"] = joined[..., joined.shape[-1] - self.kernel_size[0] + 1 :]
+        state["carry"] = joined[..., joined.shape[-1] - self.left :]
         return super().forward(joined)

@@ -29,6 +29,7 @@ from .errors import InputError, PartMissing
 from .files import atomic_write, atomic_write_bytes, atomic_write_text
 from .parts import cache_dir, ensure_torchaudio
 from .voices import ANSWER_VOICE, ESPEAK, HIBARI, Voice
+from .written import written_sentences
 
 CACHE_LIMIT_BYTES = 6 * 1024**3  # flac files of about 25 kB a second of speech: some 60 hours
 CACHED_RATE_HZ = {
@@ -194,10 +195,17 @@ def plan_answers(texts: Sequence[str], seed: int = 0) -> list[Utterance]:
     return [Utterance(f"answer-{seed}-{i:06d}", text, "answer", ANSWER_VOICE) for i, text in enumerate(texts)]
 
 
-def plan_transcription(count: int, seed: int, split: str = "train") -> list[Utterance]:
-    """Half questions, half sentences; in training hibari speaks every eighth sentence: a second engine."""
+def plan_transcription(
+    count: int, seed: int, split: str = "train", written: Sequence[str] = ()
+) -> list[Utterance]:
+    """Half questions, half sentences; in training hibari speaks every eighth sentence: a second engine.
+
+    written   sentences of open vocabulary (written.py) that stand in for up to half of the template sentences
+    """
     half = count // 2
     plan = plan_questions(half, seed, split) + plan_sentences(count - half, seed, split)
+    for place, text in zip(range(half + 1, count, 2), written, strict=False):
+        plan[place] = dataclasses.replace(plan[place], text=text, kind="written")
     if split == "train":
         plan[half::8] = [dataclasses.replace(utterance, voice=ANSWER_VOICE) for utterance in plan[half::8]]
     return plan
@@ -212,8 +220,10 @@ def transcription(preset: Any, seed: int, split: str = "train") -> list[Utteranc
     Raises InputError for another corpus, a missing manifest, or one too small to hold anything out.
     """
     if preset.corpus == "synthetic":
-        count = preset.utterances if split == "train" else preset.test_utterances
-        return synthesize(plan_transcription(count, seed, split))
+        if split == "test":
+            return synthesize(plan_transcription(preset.test_utterances, seed, split))
+        written = written_sentences(preset.writer, preset.written) if preset.written else []
+        return synthesize(plan_transcription(preset.utterances, seed, split, written))
     if preset.corpus != "manifest" or not preset.manifest:
         raise InputError(
             f"corpus is {preset.corpus!r} and manifest {preset.manifest!r}, expected corpus synthetic, or corpus "
@@ -325,32 +335,44 @@ def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
 
 
 def write_cached(path: Path, samples: np.ndarray, voice: Voice) -> float:
-    """Resample int16 (samples,) and store it as 16-bit flac, all or nothing; returns its seconds."""
-    import soundfile
+    """Resample int16 (samples,) and store it as 16-bit flac, all or nothing; returns its seconds.
 
+    What `facts` finds is stored in the file's comment: to list thousands of files, their headers are enough.
+    """
     rate_hz = CACHED_RATE_HZ[voice.engine]
     waveform = torch.from_numpy(samples.astype(np.float32))
     waveform = resample(waveform, voices.NATIVE_RATE_HZ[voice.engine], rate_hz)
     kept = waveform.round().clamp(-32768, 32767).to(torch.int16).numpy()
-    atomic_write(
-        path, lambda partial: soundfile.write(partial, kept, rate_hz, subtype="PCM_16", format="FLAC")
-    )
+    atomic_write(path, lambda partial: write_flac(partial, kept, rate_hz))
     return len(kept) / rate_hz
+
+
+def write_flac(path: Path, samples: np.ndarray, rate_hz: int) -> None:
+    import soundfile
+
+    with soundfile.SoundFile(path, "w", rate_hz, 1, "PCM_16", format="FLAC") as file:
+        file.comment = json.dumps(facts(samples, rate_hz))
+        file.write(samples)
+
+
+def facts(samples: np.ndarray, rate_hz: int) -> dict[str, Any]:
+    """Duration, hash and voiced segments of int16 (samples,)."""
+    return {
+        "duration_seconds": len(samples) / rate_hz,
+        "sha256": hashlib.sha256(samples.astype("<i2").tobytes()).hexdigest(),
+        "segments": voiced_segments(torch.from_numpy(samples.astype(np.float32) / 32768.0), rate_hz),
+    }
 
 
 def measured(utterance: Utterance, path: Path) -> Utterance:
     """Record what a cached file holds, and mark it as used now."""
     import soundfile
 
-    samples, rate_hz = soundfile.read(path, dtype="int16")
+    with soundfile.SoundFile(path) as file:
+        found = json.loads(file.comment) if file.comment else facts(file.read(dtype="int16"), file.samplerate)
     os.utime(path)
-    return dataclasses.replace(
-        utterance,
-        path=str(path),
-        duration_seconds=len(samples) / rate_hz,
-        sha256=hashlib.sha256(samples.astype("<i2").tobytes()).hexdigest(),
-        segments=voiced_segments(torch.from_numpy(samples.astype(np.float32) / 32768.0), rate_hz),
-    )
+    found["segments"] = tuple(map(tuple, found["segments"]))
+    return dataclasses.replace(utterance, path=str(path), **found)
 
 
 def prune_cache(limit_bytes: int, keep: set[Path]) -> int:

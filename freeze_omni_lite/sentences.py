@@ -475,6 +475,8 @@ WORDS: dict[str, tuple[str, ...]] = {
         feeding the birds, fixing the roof, watching the rain, planting flowers, talking on the phone,
         counting the money, packing a suitcase, drawing a map
     """),
+    # what questions are about, held-out entities too: the word is met here, the question never
+    "entity": tuple(dict.fromkeys(entity for topic in TOPICS.values() for entity in topic.facts)),
     "reason": words("""
         because it was late, because the bus was full, because nobody was home, because the shop had closed,
         although it was raining, while the music was playing, before the sun came up,
@@ -508,7 +510,14 @@ SENTENCES = {
         She likes {food}, but she does not like {food}.
         In {month} the weather in {country} is often {weather}.
         He put the {object} and the {adjective} {object} {place}.
-        {Person} works {place} from {day} to {day}."""),
+        {Person} works {place} from {day} to {day}.
+        {Name} told me about {entity} and {entity}.
+        {Person} wrote {entity} and {entity} on a sheet of paper {time}.
+        My brother said {entity}, not {entity}.
+        {People} spoke about {entity} {place}.
+        I had to spell {entity}, {entity} and {entity} at school.
+        The story of {entity} makes {name} {feeling}.
+        {Name} was thinking about {entity} {reason}."""),
     "test": lines("""
         Have you seen the {colour} {object} that {name} left {place}?
         Nobody knew why {person} looked so {feeling} that {day}.

@@ -104,12 +104,14 @@ def text_turn(layout: ChatLayout, question: list[int]) -> list[int]:
     return layout.system + layout.user + question + layout.assistant
 
 
-def answer_questions(llm: FrozenLLM, layout: ChatLayout, questions: list[str], max_tokens: int) -> list[str]:
+def answer_questions(
+    llm: FrozenLLM, layout: ChatLayout, questions: list[str], max_tokens: int, batch: int = 16
+) -> list[str]:
     """The frozen LLM's own greedy answers to questions as text, batched, cut after the last whole sentence."""
     prompts = [
         text_turn(layout, llm.tokenizer.encode(question, add_special_tokens=False)) for question in questions
     ]
-    return [whole_sentences(llm.tokenizer.decode(ids)) for ids in llm.answers(prompts, max_tokens)]
+    return [whole_sentences(llm.tokenizer.decode(ids)) for ids in llm.answers(prompts, max_tokens, batch)]
 
 
 Answer = tuple[list[int], int | None]  # token ids and the end token, as Row.answer takes them
