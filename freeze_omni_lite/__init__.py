@@ -11,13 +11,14 @@ The notebook is the training script, this library is the set of parts, a stage f
 | Streaming speech decoder                  | codec, speech_tokens                             | 05       |
 | Training strategy of the speech output    | speech_decoder                                   | 06, 07   |
 | Design for duplex dialogue                | duplex, scenes, vad, hearing, dialogue           | 08, 10   |
-| Evaluation                                | evaluation, metrics, bench                       | 09       |
+| Evaluation                                | evaluation, metrics, decisions, listening, bench | 09       |
 | (LLaMA-Omni, the second system)           | llama_omni                                       | 11       |
 | (presets, training, hand-over, 8 GPUs)    | scales, training, stages, fingerprint, ranks     | 12       |
 | (data)                                    | sentences, voices, samples                       | 02, 05   |
 
 Around them: `notebook`, `course`, `kernel`, `run`, `gallery` and `__main__` (the course and the command line), `parts`
-and `doctor` (what is fetched once, what is missing), `errors`, `files`, `threads`.
+and `doctor` (what is fetched once, what is missing), `measure` and `results` (figures beside bars), `errors`,
+`files`, `threads`.
 
 Glossary
     chunk            160 ms of the user's audio: 16 mels, 4 encoder frames, 2 vectors for the LLM

@@ -65,6 +65,7 @@ def build_parser() -> OneSentenceParser:
     bench.add_argument("what", nargs="*", help="streams, stages, ...; all if left out")
     bench.add_argument("-o", "--output", type=Path, help="write the numbers as JSON")
     bench.set_defaults(act=act_bench)
+    add_measure(verbs)
     return parser
 
 
@@ -108,6 +109,16 @@ def add_text_verbs(verbs: Any) -> None:
         add_outputs(verb, audio=verb is speak)
         add_common(verb)
         verb.set_defaults(act=act)
+
+
+def add_measure(verbs: Any) -> None:
+    verb = verbs.add_parser("measure", help="the issues' figures for the stages at hand")
+    verb.add_argument("what", help="which figures; a wrong name lists them")
+    verb.add_argument("-o", "--output", type=Path, help="write the table with its circumstances as JSON")
+    verb.add_argument("--items", type=int, help="how many items a figure rests on (default: 300)")
+    verb.add_argument("--only", metavar="PART,PART", help="some parts: ctc, llm, questions, ...")
+    add_common(verb)
+    verb.set_defaults(act=act_measure)
 
 
 def add_outputs(verb: argparse.ArgumentParser, audio: bool) -> None:
@@ -379,6 +390,19 @@ def act_bench(arguments: argparse.Namespace) -> int:
     from .bench import main as measure
 
     return measure(arguments.what, arguments.output) or 0
+
+
+def act_measure(arguments: argparse.Namespace) -> int:
+    from . import measure
+
+    arguments.items = measure.ITEMS if arguments.items is None else arguments.items
+    measure.check(arguments.what, arguments.only, arguments.items)
+    if arguments.output:
+        check_writable(arguments.output, [])
+    names = ("only", "items", "scale", "runs", "device", "seed")
+    return measure.main(
+        arguments.what, arguments.output, **{name: getattr(arguments, name) for name in names}
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
