@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .attention import KVCache
 from .errors import InputError
@@ -58,6 +58,11 @@ class LLMCache(Cache):
     def fork(self) -> "LLMCache":
         """An independent cache with the same content."""
         return LLMCache([CachedLayer(layer.entries.fork()) for layer in self.layers])
+
+    def shared(self, layer: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer as a batch of equal rows, without copying them."""
+        keys, values = self.layers[layer].entries.view()
+        return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
 
     def nbytes(self) -> int:
         return sum(layer.entries.nbytes() for layer in self.layers)
@@ -120,13 +125,21 @@ class FrozenLLM(nn.Module):
         ids = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)
         return self.model.get_input_embeddings()(ids)
 
-    def hidden(self, vectors: Tensor) -> Tensor:
+    def hidden(self, vectors: Tensor, after: LLMCache | None = None) -> Tensor:
         """(batch, positions, width) -> last-layer, post-norm states of the same shape, with gradients to the input.
 
         Rows may be padded on the right: a causal model never looks there.
+
+        after   what stands before every row, computed once (`prefill` of one row): a system text that all rows share
         """
-        dtype = self.embedding_table.dtype
-        return self.model.base_model(inputs_embeds=vectors.to(dtype), use_cache=False).last_hidden_state
+        vectors = vectors.to(self.embedding_table.dtype)
+        shared = None
+        if after is not None:
+            shared = DynamicCache([after.shared(number, len(vectors)) for number in range(len(after.layers))])
+        out = self.model.base_model(
+            inputs_embeds=vectors, past_key_values=shared, use_cache=shared is not None
+        )
+        return out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., width) -> scores of the next token (..., vocabulary)."""

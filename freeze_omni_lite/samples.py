@@ -497,32 +497,37 @@ def recipe_of(items: Sequence[Any], *settings: Any) -> str:
 class Speech:
     """Voiced utterances as batches for training.fit: `speech(step, rank, world)` is a pure function.
 
-    A batch: waveforms (batch, samples), chunk_lengths (batch,), texts, utterances, seconds of audio, and the
-    step it was made for, because a stage may have phases.
+    A batch: waveforms (batch, samples), chunk_lengths (batch,), texts, utterances, seconds of audio, whether it is
+    augmented, and the step it was made for, because a stage may have phases.
+
+    clean_steps   so many batches of every rank come first, unchanged: it is easier to learn to align clean speech
     """
 
     utterances: Sequence[Utterance]
     batch_seconds: float
     seed: int = 1
     augmented: bool = False
+    clean_steps: int = 0
 
     def __post_init__(self) -> None:
         self.batches = Batches([u.duration_seconds for u in self.utterances], self.batch_seconds, self.seed)
-        self.recipe = recipe_of(self.utterances, self.batch_seconds, self.seed, self.augmented)
+        settings = (self.batch_seconds, self.seed, self.augmented, self.clean_steps)
+        self.recipe = recipe_of(self.utterances, *settings)
 
     def __len__(self) -> int:
         """Batches in one pass."""
         return len(self.batches)
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        number = step * world + rank
-        return {**self.batch(self.batches[number], number), "step": step}
+        number, augmented = step * world + rank, self.augmented and step >= self.clean_steps
+        return {**self.batch(self.batches[number], number, augmented), "step": step}
 
-    def batch(self, indices: Sequence[int], number: int = 0) -> dict[str, Any]:
-        """The batch of some utterances; `number` decides the augmentation."""
+    def batch(self, indices: Sequence[int], number: int = 0, augmented: bool | None = None) -> dict[str, Any]:
+        """The batch of some utterances; `number` decides the augmentation, None: as the data set says."""
+        augmented = self.augmented if augmented is None else augmented
         chosen = [self.utterances[index] for index in indices]
         waveforms = [load_audio(utterance) for utterance in chosen]
-        if self.augmented:
+        if augmented:
             generators = [generator_for(self.seed, number, index) for index in indices]
             waveforms = [augment(with_silence(w, g), g) for w, g in zip(waveforms, generators, strict=True)]
         padded, chunk_lengths = collate(waveforms)
@@ -534,6 +539,7 @@ class Speech:
             "texts": texts,
             "utterances": chosen,
             "seconds": seconds,
+            "augmented": augmented,
         }
 
 

@@ -97,6 +97,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         writer=(*LLM[:-1], "the LLM that writes them"),
         test_utterances=(8, 100, 300, 2620, "ours", "unseen sentences in unseen voices"),
         augment=(False, True, True, True, "ours", "level, room, noise and SpecAugment"),
+        clean_steps=(0, 300, 1000, 0, "ours", "first steps without it, until the alignment is found"),
         corpus=CORPUS,
         manifest=MANIFEST,
         **fitting(
