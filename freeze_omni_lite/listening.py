@@ -324,7 +324,7 @@ def listening_stream(system: System, seed: int) -> bench.Stream:
     state, adapter_state = system.encoder.start(), system.adapter.start()
     return bench.Stream(
         "encoder + adapter",
-        lambda: system.adapter.step(system.encoder.step(mels, state), adapter_state),
+        lambda: system.adapter.step(system.encoder.step(mels, state), adapter_state).cpu(),  # waits for a GPU
         lambda: state.nbytes() + sum(tensor.nbytes for tensor in adapter_state.values()),
     )
 
