@@ -39,13 +39,20 @@ class Timeline:
 
 
 def label_chunks(
-    timeline: Timeline, chunks: int, decision_delay_ms: int = 160, timeout_ms: int = 2000
+    timeline: Timeline,
+    chunks: int,
+    decision_delay_ms: int = 160,
+    timeout_ms: int = 2000,
+    decision_chunks: int = 1,
 ) -> Tensor:
-    """Dialogue-state labels (chunks,) of one turn: 0, then one decision (1 or 2), then IGNORE.
+    """Dialogue-state labels (chunks,) of one turn: 0, then the decision (1 or 2), then IGNORE.
 
     The decision stands on the first chunk that ends at least `decision_delay_ms` after the last voiced sample: 1 for
     a complete question to the system, 2 for anything not addressed to it. A question broken off stays 0 until
     `timeout_ms` of silence and is then dropped with 2. If the recording ends earlier, every chunk is 0.
+
+    decision_chunks   the decision is repeated until it stands on so many chunks: a session decides on the first, but if
+                      it was not sure there, it should be sure soon
     """
     broken_off = timeline.addressed and not timeline.complete
     wait_ms = timeout_ms if broken_off else decision_delay_ms
@@ -53,8 +60,8 @@ def label_chunks(
     labels = torch.zeros(chunks, dtype=torch.long)
     decided = decision_chunk(timeline.last_voiced_seconds, wait_ms)
     if decided < chunks:
-        labels[decided] = DialogueState.TAKE_TURN if takes_turn else DialogueState.NO_RESPONSE
-        labels[decided + 1 :] = IGNORE
+        labels[decided:] = DialogueState.TAKE_TURN if takes_turn else DialogueState.NO_RESPONSE
+        labels[decided + decision_chunks :] = IGNORE
     return labels
 
 

@@ -146,11 +146,13 @@ class FrozenLLM(nn.Module):
         return self.model.get_output_embeddings()(hidden)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean next-token cross-entropy, nats, where `labels` (batch, positions) is not IGNORE.
+        """Mean next-token cross-entropy, nats, where `labels` (batch, positions) is not IGNORE; 0 if that is nowhere.
 
         labels[b, i] is the token to be predicted AT position i. Scores are computed at those places only.
         """
         wanted = labels != IGNORE
+        if not wanted.any():
+            return hidden.sum() * 0.0
         return F.cross_entropy(self.logits(hidden[wanted]).float(), labels[wanted])
 
     def new_cache(self) -> LLMCache:

@@ -60,7 +60,7 @@ class Listener(nn.Module):
     def hear(self, waveform: Tensor, timeline: Timeline, **rules: int) -> Heard | None:
         """A recording (samples,) at 16 kHz and what happens in it -> Heard; None if the gate never opens.
 
-        rules   decision_delay_ms and timeout_ms of duplex.label_chunks
+        rules   decision_delay_ms, timeout_ms and decision_chunks of duplex.label_chunks
         """
         opened = opening(waveform, self.gate)
         if opened is None:

@@ -150,6 +150,7 @@ STAGES: dict[str, dict[str, tuple]] = {
             "system text, cached before the first turn",
         ),
         dialogues=(8, 400, 20_000, 60_000, "stated", "multi-turn dialogues"),
+        state_scenes=(7, 700, 10_000, 60_000, "ours", "duplex scenes whose states train beside the answers; 0: none"),
         test_questions=(3, 60, 300, 300, "ours", "unseen questions"),
         **fitting(
             (6, 150, 5000, 20_000),
@@ -168,6 +169,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         take_turn_threshold=(0.5, 0.5, 0.5, 0.5, "code", "p1 above which the system answers"),
         no_response_threshold=(0.9, 0.5, 0.5, 0.5, "code", "p2 above which the turn is dropped (asked first)"),
         decision_delay_ms=(160, 160, 160, 160, "ours", "silence after the last voiced sample before the label"),
+        decision_chunks=(3, 3, 3, 3, "ours", "chunks on which the decision is learned: the first, and some more"),
         decision_weight=(5.0, 5.0, 5.0, 5.0, "ours", "weight of a decision (1, 2) against a listening chunk (0)"),
         timeout_ms=(2000, 2000, 2000, 2000, "code", "silence after which an unfinished turn is dropped"),
         **fitting(

@@ -96,6 +96,12 @@ def plan_scenes(
     return scenes
 
 
+def plan_mixture(count: int, seed: int, split: str = "train") -> list[Scene]:
+    """`count` duplex turns: three complete ones and three not addressed for each unfinished one."""
+    share = count // 7
+    return plan_scenes(3 * share, 3 * share, count - 6 * share, seed, split)
+
+
 def plan_dialogues(count: int, max_turns: int, seed: int, split: str = "train") -> list[list[Scene]]:
     """`count` dialogues of 1 to `max_turns` complete questions, each dialogue in one voice."""
     lengths = [1 + number % max_turns for number in range(count)]
