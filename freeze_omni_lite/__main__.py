@@ -41,6 +41,15 @@ def scale_name(text: str) -> str:
     return text
 
 
+def stage_names(text: str) -> list[str]:
+    """codec,encoder_ctc@variant -> names; only what stands before an @ must be a stage."""
+    from . import scales
+
+    for name in text.split(","):
+        scales.check(name.partition("@")[0], scales.STAGES, "stage")
+    return text.split(",")
+
+
 def seed_number(text: str) -> int:
     if not text.isdigit() or int(text) >= 2**63:
         raise InputError(f"--seed is {text!r}, expected a whole number from 0 to 2^63 - 1: change it.")
@@ -56,14 +65,17 @@ def build_parser() -> OneSentenceParser:
     add_run(verbs)
     add_listening_verbs(verbs)
     add_text_verbs(verbs)
+    add_export(verbs)
     doctor = verbs.add_parser(
         "doctor", help="what is installed and cached, and what to do about what is missing"
     )
     doctor.add_argument("--fix", action="store_true", help="fetch and mend what is missing")
+    add_device_and_seed(doctor)
     doctor.set_defaults(act=act_doctor)
     bench = verbs.add_parser("bench", help="speed and memory on this machine")
     bench.add_argument("what", nargs="*", help="streams, stages, ...; all if left out")
     bench.add_argument("-o", "--output", type=Path, help="write the numbers as JSON")
+    add_device_and_seed(bench)
     bench.set_defaults(act=act_bench)
     add_measure(verbs)
     return parser
@@ -121,6 +133,19 @@ def add_measure(verbs: Any) -> None:
     verb.set_defaults(act=act_measure)
 
 
+def add_export(verbs: Any) -> None:
+    verb = verbs.add_parser("export", help="a chain of trained stages becomes the shipped one")
+    verb.add_argument("--scale", type=scale_name, default="laptop", help="whose stages (default: laptop)")
+    verb.add_argument(
+        "--stages", type=stage_names, default=(), metavar="STAGE,STAGE", help="all that are there if left out"
+    )
+    verb.add_argument(
+        "--to", metavar="FOLDER", help="in the repository, if relative; default: data_samples/stages/<scale>"
+    )
+    add_common(verb, scale=False)
+    verb.set_defaults(act=act_export)
+
+
 def add_outputs(verb: argparse.ArgumentParser, audio: bool) -> None:
     if audio:
         verb.add_argument("-o", "--output", type=Path, help="the audio, .wav or .flac (one input only)")
@@ -134,6 +159,10 @@ def add_common(verb: argparse.ArgumentParser, scale: bool = True) -> None:
             "--scale", type=scale_name, help="whose stages; the best that are there if left out"
         )
     verb.add_argument("--runs", default="runs", help="the folder of trained stages (default: runs)")
+    add_device_and_seed(verb)
+
+
+def add_device_and_seed(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", help="cpu, cuda, mps; the best that is there if left out")
     verb.add_argument("--seed", type=seed_number, default=1)
 
@@ -378,10 +407,17 @@ def used(parts: "System") -> dict[str, Any]:
     return {"stages": parts.provenance()}
 
 
+def act_export(arguments: argparse.Namespace) -> int:
+    from .export import export
+
+    export(arguments.scale, arguments.runs, arguments.stages, arguments.to, arguments.device)
+    return 0
+
+
 def act_doctor(arguments: argparse.Namespace) -> int:
     from .doctor import main as examine
 
-    return examine(arguments.fix)
+    return examine(arguments.fix, arguments.device)
 
 
 def act_bench(arguments: argparse.Namespace) -> int:
@@ -389,7 +425,7 @@ def act_bench(arguments: argparse.Namespace) -> int:
         check_writable(arguments.output, [])
     from .bench import main as measure
 
-    return measure(arguments.what, arguments.output) or 0
+    return measure(arguments.what, arguments.output, arguments.device, arguments.seed) or 0
 
 
 def act_measure(arguments: argparse.Namespace) -> int:

@@ -24,6 +24,8 @@ from .adapter import Adapter
 from .audio import CHUNK_MS, CHUNK_SAMPLES, MEL_FRAMES_PER_CHUNK, N_MELS, LogMel
 from .encoder import Encoder
 from .errors import InputError
+from .ranks import device as pick_device
+from .ranks import seed_all
 from .threads import thread_count
 
 LLM_WIDTH = {"paper": 3584}  # of Qwen2-7B-Instruct; SmolLM2 has 576
@@ -96,7 +98,7 @@ BENCHES: dict[str, Callable[[], list[Stream]]] = {"streams": streams, "paper": p
 
 
 @torch.no_grad()
-def measure(variants: list[Stream], packets: int = PACKETS) -> list[Row]:
+def measure(variants: list[Stream], packets: int = PACKETS, device: torch.device | None = None) -> list[Row]:
     """Feed all variants packet by packet in turn, so that a busy moment of the machine hits them all alike."""
     times: dict[str, list[float]] = {stream.variant: [] for stream in variants}
     sizes = {}
@@ -104,10 +106,19 @@ def measure(variants: list[Stream], packets: int = PACKETS) -> list[Row]:
         for stream in variants:
             begin = time.perf_counter()
             stream.packet()
+            wait_for(device)
             times[stream.variant].append(1000 * (time.perf_counter() - begin))
         if packet + 1 == WARM_UP:
             sizes = {stream.variant: stream.nbytes() for stream in variants}
     return [row(stream, times[stream.variant][WARM_UP:], sizes[stream.variant]) for stream in variants]
+
+
+def wait_for(device: torch.device | None) -> None:
+    """A GPU computes behind the clock's back; a packet is over when its frames are there."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device is not None and device.type == "mps":
+        torch.mps.synchronize()
 
 
 def row(stream: Stream, milliseconds: list[float], nbytes_before: int) -> Row:
@@ -134,13 +145,15 @@ def table(rows: list[Row]) -> str:
     return "\n".join([head, *lines])
 
 
-def conditions(what: Sequence[str]) -> dict[str, Any]:
-    """What a figure needs beside it: date, commit, command, machine, versions."""
+def conditions(what: Sequence[str], device: torch.device, seed: int) -> dict[str, Any]:
+    """What a figure needs beside it: date, commit, command, machine, seed, versions."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "command": " ".join(["freeze-omni bench", *what]),
         "cpu": cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "seed": seed,
         "threads": thread_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -168,10 +181,12 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or sys.platform
 
 
-def main(what: str | Sequence[str] = (), output: Path | None = None) -> int:
+def main(
+    what: str | Sequence[str] = (), output: Path | None = None, device: str | None = None, seed: int = 1
+) -> int:
     """Measure the named benches ("streams" if none), print a table, write JSON to `output`. Returns 0.
 
-    Raises InputError for an unknown bench.
+    Raises InputError for an unknown bench or device.
     """
     what = [what] if isinstance(what, str) else list(what) or ["streams"]
     for name in what:
@@ -179,10 +194,16 @@ def main(what: str | Sequence[str] = (), output: Path | None = None) -> int:
             close = get_close_matches(name, BENCHES, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise InputError(f"unknown bench {name!r}{hint}: use one of {', '.join(BENCHES)}.")
-    rows = measure([stream for name in what for stream in BENCHES[name]()])
+    on = pick_device(device)
+    seed_all(seed)
+    with (
+        on
+    ):  # streams make their weights and packets where torch makes new tensors; left before anything is timed
+        variants = [stream for name in what for stream in BENCHES[name]()]
+    rows = measure(variants, device=on)
     print(table(rows))
     if output is not None:
         Path(output).write_text(
-            json.dumps(conditions(what) | {"rows": [asdict(r) for r in rows]}, indent=1) + "\n"
+            json.dumps(conditions(what, on, seed) | {"rows": [asdict(r) for r in rows]}, indent=1) + "\n"
         )
     return 0

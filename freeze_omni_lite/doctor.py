@@ -10,10 +10,11 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from . import __version__, parts
-from .errors import PartMissing
+from .errors import InputError, PartMissing
 from .threads import thread_count
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,13 +37,13 @@ class Row:
         return f"{line}\n{'':<28}-> {self.remedy}" if self.remedy else line
 
 
-def main(fix: bool = False) -> int:
-    """Print the table. Returns 0, or 2 if something essential is missing."""
+def main(fix: bool = False, device: str | None = None) -> int:
+    """Print the table. Returns 0, or 2 if something essential is missing, such as the wanted `device`."""
     if fix:
         mend()
     print(f"freeze_omni_lite {__version__} in {ROOT}")
     rows = []
-    for row in examine():
+    for row in chain(examine(), device_rows(device)):
         print(row.show(), flush=True)
         rows.append(row)
     missing = [row.name for row in rows if row.state == MISSING]
@@ -168,6 +169,18 @@ def torch_row() -> Row:
         return Row(OK, "torch", f"{torch.__version__}, CPU and Apple GPU (mps)")
     kind = "CPU build" if parts.torch_is_cpu_only() else f"CUDA {torch.version.cuda} build, but no GPU here"
     return Row(OK, "torch", f"{torch.__version__}, {kind}: everything runs on the CPU")
+
+
+def device_rows(wanted: str | None = None) -> Iterator[Row]:
+    """The device that the verbs would use, or that `wanted` is not there; nothing where torch itself is broken."""
+    try:
+        from .ranks import device
+
+        yield Row(OK, "device", f"{device(wanted)}, {'as asked for' if wanted else 'the best that is there'}")
+    except InputError as error:
+        yield Row(MISSING, "device", f"{wanted or os.environ.get('FREEZE_OMNI_DEVICE')}", str(error))
+    except Exception:  # the row of torch has said it
+        return
 
 
 def threads_row() -> Row:
