@@ -66,6 +66,7 @@ def build_parser() -> OneSentenceParser:
     add_listening_verbs(verbs)
     add_text_verbs(verbs)
     add_export(verbs)
+    add_study(verbs)
     doctor = verbs.add_parser(
         "doctor", help="what is installed and cached, and what to do about what is missing"
     )
@@ -90,6 +91,21 @@ def add_run(verbs: Any) -> None:
     verb.add_argument("--resume", action="store_true", help="keep notebooks whose last run still agrees")
     add_common(verb, scale=False)
     verb.set_defaults(act=act_run)
+
+
+def add_study(verbs: Any) -> None:
+    verb = verbs.add_parser("study", help="ablations, seeds, curves: several small trainings")
+    verb.add_argument("name", nargs="?", help="which study; --list shows them")
+    verb.add_argument(
+        "--scale", type=scale_name, default="laptop", help="tiny, laptop (default), gpu or paper"
+    )
+    verb.add_argument("--set", dest="changes", action="append", default=[], metavar="STAGE.FIELD=VALUE")
+    verb.add_argument("--list", action="store_true", help="every study and what its arms change")
+    verb.add_argument(
+        "--publish", action="store_true", help="copy the finished result to data_samples/results"
+    )
+    add_common(verb, scale=False)
+    verb.set_defaults(act=act_study)
 
 
 def add_listening_verbs(verbs: Any) -> None:
@@ -303,6 +319,22 @@ def act_run(arguments: argparse.Namespace) -> int:
 
     names = ("scale", "changes", "variant", "seed", "runs", "resume", "device")
     run(arguments.notebooks, **{name: getattr(arguments, name) for name in names})
+    return 0
+
+
+def act_study(arguments: argparse.Namespace) -> int:
+    from . import study
+
+    if arguments.list:
+        print(study.listing(arguments.scale))
+        return 0
+    if arguments.name is None:
+        raise InputError(f"study needs a name: give one of {', '.join(study.STUDIES)}, or --list.")
+    if arguments.publish:
+        print(study.publish(arguments.name, arguments.scale, arguments.runs))
+        return 0
+    names = ("scale", "changes", "seed", "runs", "device")
+    study.run_study(arguments.name, **{name: getattr(arguments, name) for name in names})
     return 0
 
 

@@ -279,6 +279,8 @@ def stage_stands(folder: Path, stage: str, settings: Settings) -> bool:
         trained = stages.read(folder, stage, settings.scale)
         for full_name in trained.record["parents"]:
             parent, _, variant = full_name.partition("@")
+            if not variant and stages.own_variant(parent, settings.scale, settings.runs, settings.variant):
+                return False  # the variant has this parent by now
             trained.check_parents(stages.load(parent, settings.scale, settings.runs, variant, quiet=True))
     except UserError:
         return False

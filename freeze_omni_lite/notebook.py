@@ -4,7 +4,7 @@ Sugar over scales.py and stages.py, nothing more: what trains, and how, stands i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,21 @@ class Context:
     runs: str
     variant: str
     folder: Path  # of the stage, or of the whole scale if the notebook trains none
+    loaded: list[Stage] = field(default_factory=list, repr=False, compare=False)
 
-    def load(self, stage: str, variant: str = "") -> Stage:
-        """A parent at the same scale; prints where it comes from. Raises StageMissing or StageMismatch."""
-        return stages.load(stage, self.scale, self.runs, variant)
+    def load(self, stage: str, variant: str | None = None) -> Stage:
+        """A parent at the same scale; prints where it comes from. Raises StageMissing or StageMismatch.
+
+        variant   None: the notebook's own if the parent was trained as such, else the plain one, which is said
+        """
+        if variant is None:
+            variant = stages.own_variant(stage, self.scale, self.runs, self.variant)
+            if variant != self.variant:
+                say(f"no {stages.full_name(stage, self.variant)}: this variant grows from the plain {stage}")
+        found = stages.load(stage, self.scale, self.runs, variant)
+        stages.check_same_chain(found, self.loaded)
+        self.loaded.append(found)
+        return found
 
     def save(
         self,

@@ -31,8 +31,10 @@ LINES = (  # colour, line and marker of the first, second, ... curve of a figure
     (TEAL, "--", "s"),
     (VIOLET, ":", "^"),
     (QUIET, "-.", "x"),
+    (INK, ":", "d"),
 )
-BARS = ((TEAL, ""), (VIOLET, "//"), (QUIET, ".."), (PAPER, "xx"))  # colour and hatch of grouped bars
+# colour and hatch of grouped bars
+BARS = ((TEAL, ""), (VIOLET, "//"), (QUIET, ".."), (PAPER, "xx"), (INK, ""))
 CHUNK_SECONDS = 0.16
 SVG_PATH = Path(__file__).resolve().parents[1] / "data_samples" / "figures" / "architecture.svg"
 

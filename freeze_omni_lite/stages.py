@@ -359,6 +359,20 @@ def load(stage: str, scale: str, runs: str | Path = "runs", variant: str = "", q
     return found
 
 
+def own_variant(stage: str, scale: str, runs: str | Path, variant: str) -> str:
+    """Which `stage` a child of `variant` grows from: that of its own variant if there is one, else the plain one."""
+    return variant if variant and (folder(stage, scale, runs, variant) / RECORD_FILE).is_file() else ""
+
+
+def check_same_chain(found: Stage, others: Sequence[Stage]) -> None:
+    """Raise StageMismatch if a child that is a variant, or whose parent is, was not trained on the very parent here."""
+    for other in others:
+        if other.variant or found.variant:
+            for child, parent in ((found, other), (other, found)):
+                if parent.name in {name.partition("@")[0] for name in child.record["parents"]}:
+                    child.check_parents(parent)
+
+
 @dataclass
 class Source:
     """One place that holds all the stages somebody needs, so that no chain mixes scales."""
