@@ -149,11 +149,11 @@ STAGES: dict[str, dict[str, tuple]] = {
             "config",
             "system text, cached before the first turn",
         ),
-        dialogues=(8, 400, 20_000, 60_000, "stated", "multi-turn dialogues"),
+        dialogues=(8, 300, 20_000, 60_000, "stated", "multi-turn dialogues"),
         state_scenes=(7, 700, 10_000, 60_000, "ours", "duplex scenes whose states train beside the answers; 0: none"),
         test_questions=(3, 60, 300, 300, "ours", "unseen questions"),
         **fitting(
-            (6, 150, 5000, 20_000),
+            (6, 110, 5000, 20_000),
             (12.0, 40.0, 200.0, 400.0),
             (6e-3, 6e-3, 2e-3, 6e-4, "stated", "AdamW learning rate"),
             (1, 10, 200, 200, "config", "warm-up steps"),

@@ -131,7 +131,7 @@ def answer_dialogues(
         for number in asked:
             question = llm.tokenizer.encode(dialogues[number][turn], add_special_tokens=False)
             context[number] += layout.user + question + layout.assistant
-        written = llm.answers([context[number] for number in asked], max_tokens)
+        written = llm.answers([context[number] for number in asked], max_tokens, batch=48)
         for number, ids in zip(asked, written, strict=True):
             answers[number].append(finished(llm, layout, ids, max_tokens))
             context[number] += answers[number][-1][0]
