@@ -15,21 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .errors import InputError
+from .numerals import spell_numbers
 
 BLANK = 0
 ENGLISH = " 'abcdefghijklmnopqrstuvwxyz"
-SYMBOLS = {
-    "&": " and ",
-    "%": " percent ",
-    "+": " plus ",
-    "=": " equals ",
-    "@": " at ",
-    "°": " degrees ",
-    "×": " times ",
-}
-CURRENCIES = {"$": "dollars", "€": "euros", "£": "pounds"}
 ABBREVIATIONS = {
     "mr.": "mister",
     "mrs.": "missus",
@@ -42,6 +34,12 @@ ABBREVIATIONS = {
     "vs.": "versus",
     "etc.": "et cetera",
     "approx.": "approximately",
+    "dept.": "department",
+    "est.": "estimated",
+    "fig.": "figure",
+    "gov.": "governor",
+    "mt.": "mount",
+    "sgt.": "sergeant",
     "e.g.": "for example",
     "i.e.": "that is",
     "a.m.": "a m",
@@ -51,38 +49,7 @@ ABBREVIATIONS = {
 }
 
 
-# ---- numbers and normal forms ----
-
-
-def spell_numbers(text: str) -> str:
-    """Write digits as English words: "In 1969, 2.5%" -> "In nineteen sixty-nine, two point five percent"."""
-    text = re.sub(r"([$€£])\s?(\d[\d,]*(?:\.\d+)?)", lambda m: f"{m[2]} {CURRENCIES[m[1]]}", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"(?<=\d)\s*\*\s*(?=\d)", " × ", text)
-    text = re.sub(r"\b(\d{1,2}):(\d{2})\b", lambda m: m[1] if m[2] == "00" else f"{m[1]} {m[2]}", text)
-    text = re.sub(r"(?<![\w.])-(?=\d)", "minus ", text)
-    text = re.sub(r"(\d+)(st|nd|rd|th)\b", lambda m: spoken(m[1], "ordinal"), text, flags=re.IGNORECASE)
-    text = re.sub(r"\b(\d{2,4})'?s\b", lambda m: decade(m[1]), text)
-    text = re.sub(r"(?<![\d.])(1[1-9]|20)\d\d(?![\d]|\.\d)", lambda m: spoken(m[0], "year"), text)
-    text = re.sub(r"\d+(\.\d+)?", lambda m: f" {spoken(m[0], 'cardinal')} ", text)
-    for symbol, word in SYMBOLS.items():
-        text = text.replace(symbol, word)
-    return re.sub(r" +([.,;:!?])", r"\1", re.sub(r" {2,}", " ", text)).strip(" ")
-
-
-def spoken(digits: str, form: str) -> str:
-    """One number in words; codes (leading zero) and very long numbers are read digit by digit."""
-    from num2words import num2words
-
-    if len(digits) > 15 or (len(digits) > 1 and digits[0] == "0" and digits[1] != "."):
-        return " ".join(num2words(int(digit)) for digit in digits if digit != ".")
-    return num2words(digits if "." in digits else int(digits), to=form).replace(",", "")
-
-
-def decade(digits: str) -> str:
-    """ "1990" of "1990s" -> "nineteen nineties"."""
-    words = spoken(digits, "year" if len(digits) == 4 else "cardinal")
-    return words[:-1] + "ies" if words.endswith("y") else words + "s"
+# ---- normal form ----
 
 
 def fold(character: str) -> str:
@@ -326,8 +293,9 @@ CLOSERS = "\"'”’)]*"
 class Segmenter:
     """Cuts an answer that arrives in pieces into segments, spoken while the rest is still being written.
 
-    The first segment may end at a comma or colon, to be heard early; later ones end with their sentence. One
-    more character is awaited before a cut, so how the text was cut into deltas does not matter.
+    The first segment may end at a comma or colon, to be heard early; later ones end with their sentence. What follows
+    is awaited before a cut, one character or, after a number with a full stop, the next word's first letter: so how
+    the text was cut into deltas does not matter. Segments that have nothing to say are left out.
 
     first_words   words that a first segment needs before a comma ends it
     max_words     longer segments are cut anyway
@@ -355,7 +323,7 @@ class Segmenter:
 
     def flush(self) -> list[str]:
         segment, self.buffer = self.buffer.strip(), ""
-        if not any(character.isalnum() for character in segment):
+        if not clean_for_speech(segment):
             return []
         self.spoken_any = True
         return [segment]
@@ -369,7 +337,7 @@ class Segmenter:
         ):
             return True
         if not following.isspace():
-            return False
+            return self.buffer[-1:].isspace() and self.after_number(following)
         words = self.buffer.split()
         return self.at_sentence_end(words) or self.at_early_comma(words) or len(words) >= self.max_words
 
@@ -378,6 +346,12 @@ class Segmenter:
         if not last or last[-1] not in SENTENCE_ENDS:
             return False
         return not (last[-1] == "." and (last[-2:-1].isdigit() or is_abbreviation(last)))
+
+    def after_number(self, following: str) -> bool:
+        """Whether a sentence ended with a number: "in 1990. The", but neither "1. Paris" nor "No. 5. 2"."""
+        words = self.buffer.split()
+        last = words[-1].rstrip(CLOSERS) if len(words) > 1 else ""
+        return last[-1:] == "." and last[-2:-1].isdigit() and not (following.islower() or following.isdigit())
 
     def at_early_comma(self, words: list[str]) -> bool:
         return not self.spoken_any and len(words) >= self.first_words and words[-1][-1] in ",:;"
@@ -399,6 +373,7 @@ def clean_for_speech(text: str) -> str:
     'Doctor Smith has two cats.'
     """
     text = plain_lines(unicodedata.normalize("NFKC", strip_markdown(text)))
+    text = re.sub(r"(?<=\w)(?:\s+[–—-]+\s+|\s*—\s*)(?=[^\W\d])", ", ", text)
     text = re.sub(r"\s*[(\[{]\s*|\s*[)\]}](?=\w)", ", ", text)
     text = re.sub(r"\s*[)\]}]\s*(?=[.,;:!?]|$)", "", text)
     text = re.sub(r"\s*[)\]}]", ",", text)
@@ -452,3 +427,30 @@ def ends_sentence(text: str) -> str:
     """`text` with . ! or ? at its end."""
     text = text.rstrip(" ,;:-'")
     return text if text[-1] in ".!?" + WIDE_ENDS else text.rstrip("…") + "."
+
+
+# ---- tokens spelled out ----
+
+SPELLING = ENGLISH + ".,!?;:-…"
+SPELLING_IDS = len(SPELLING) + 2  # 0: no character; the last one: any other character
+
+
+class Speller:
+    """The characters of each LLM token, as the speech decoder may read them beside the token's vector."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.known: dict[int, list[int]] = {}
+
+    def __call__(self, ids: Sequence[int]) -> Tensor:
+        """Token ids -> (tokens, characters of the longest) character ids with zeros behind; each token has one."""
+        rows = [torch.tensor(self.spell(int(token))) for token in ids]
+        return pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0, dtype=torch.long)
+
+    def spell(self, token: int) -> list[int]:
+        """The character ids of one token, small letters, its space included."""
+        if token not in self.known:
+            characters = "".join(map(fold, self.tokenizer.decode([token]))).lower() or "\ufffd"
+            places = {character: place for place, character in enumerate(SPELLING, start=1)}
+            self.known[token] = [places.get(character, SPELLING_IDS - 1) for character in characters]
+        return self.known[token]

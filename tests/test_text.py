@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freeze_omni_lite import text
+from freeze_omni_lite import numerals, text
 from freeze_omni_lite.errors import InputError, PartMissing
 from freeze_omni_lite.text import (
     ChatLayout,
     CTCUnits,
     Segmenter,
+    Speller,
     clean_for_speech,
     collapse,
     normalize,
@@ -216,6 +217,10 @@ def segments(*deltas, **options):
         ("The capital of France, you see, is Paris. Oh.", ["The capital of France,", "you see, is Paris.", "Oh."]),
         ("Well, yes, that is so.", ["Well, yes, that is so."]),
         ("It has 2.5 million. Good.", ["It has 2.5 million.", "Good."]),
+        ("It ended in 1945. Then came peace.", ["It ended in 1945.", "Then came peace."]),
+        ("Take 5. 2 and 3. later", ["Take 5. 2 and 3. later"]),
+        ("That is 4.", ["That is 4."]),
+        ("https://a.b/c\nDone.", ["Done."]),
         ("1. Paris", ["1. Paris"]),
         ("Dr. Smith met J. K. Rowling, e.g. in the U.S. today. Fine.", None),
         ("So he said \"no.\" Then", ["So he said \"no.\"", "Then"]),
@@ -264,6 +269,16 @@ def test_segments_lose_nothing_and_do_not_depend_on_the_deltas(answer, size):
         ("3 * 4 = 12", "three times four equals twelve."),
         ("He left at 10 a.m.", "He left at ten a m."),
         ("Wait…", "Wait."),
+        ("It was – as ever — late.", "It was, as ever, late."),
+        (
+            "It cost $5.50, not $1 or £3 million.",
+            "It cost five dollars and fifty cents, not one dollar or three million pounds.",
+        ),
+        ("From 1914-1918, at 3:05 pm", "From nineteen fourteen to nineteen eighteen, at three oh five p m."),
+        ("1 kg at 20 °C, 5 km/h", "one kilogram at twenty degrees Celsius, five kilometers per hour."),
+        ("3/4 of World War II, 24/7", "three quarters of World War two, twenty-four seven."),
+        ("the 21st, 50% of the 1990s", "the twenty-first, fifty percent of the nineteen nineties."),
+        ("Call 555-1234", "Call five five five, one two three four."),
         ("Hello,", "Hello."),
         ("Really?", "Really?"),
         ("😀 ok", "ok."),
@@ -287,4 +302,15 @@ def test_clean_text_has_nothing_unspeakable(answer):
 
 
 def test_doctests():
-    assert doctest.testmod(text).failed == 0
+    assert doctest.testmod(text).failed == 0 and doctest.testmod(numerals).failed == 0
+
+
+def test_tokens_are_spelled_with_their_space():
+    class Words:
+        def decode(self, ids):
+            return {1: " Paris", 2: ".", 3: "É", 4: "木", 5: ""}[ids[0]]
+
+    rows = Speller(Words())([1, 2, 3, 4, 5])
+    read = ["".join(f"_{text.SPELLING}#"[i] for i in row if i) for row in rows.tolist()]
+    assert read == [" paris", ".", "e", "#", "#"] and rows.shape == (5, 6)
+    assert Speller(Words())([]).shape == (0, 0)
