@@ -198,11 +198,15 @@ STAGES: dict[str, dict[str, tuple]] = {
         layers=(2, 4, 4, 4, "stated", "blocks shared by NAR prefill and AR steps"),
         pre_network_layers=(1, 2, 2, 2, "code", "bidirectional blocks on the text before the NAR prefill; 0: none"),
         vectors_per_text_token=(2, 2, 2, 4, "code", "decoder positions per text token (released: 3584 = 4 x 896)"),
+        spelled=(False, True, True, False, "code", "one text vector for each character instead of those"),
+        stretch=(0.0, 2.75, 2.75, 0.0, "code", "speech positions a text vector; both run from 0. 0.0: text, then speech"),
         dropout=(0.0, 0.1, 0.1, 0.1, "config", "dropout"),
         top_k=(2, 2, 2, 2, "config", "AR sampling keeps the k likeliest tokens"),
         repetition_window=(0, 0, 0, 0, "config", "recent tokens that are made less likely; 0: off"),
         repetition_penalty=(1.1, 1.1, 1.1, 1.1, "config", "by how much"),
         max_speech_tokens=(240, 1000, 1000, 1000, "code", "longest segment, speech tokens (40 a second)"),
+        shortest=(0.0, 1.2, 1.2, 0.0, "code", "speech tokens a text vector before it may end; 0.0: no bound"),
+        longest=(0.0, 5.0, 5.0, 0.0, "code", "and at most, with a second more; 0.0: no bound"),
         **fitting(
             (60, 600, 20_000, 300_000),
             (20.0, 120.0, 800.0, 6400.0),
@@ -213,6 +217,7 @@ STAGES: dict[str, dict[str, tuple]] = {
     "decoder_prefix": dict(
         llm=LLM,
         layers=(2, 4, 4, 4, "stated", "prefix blocks, one for each shared block"),
+        stretch=(0.0, 5.7, 5.7, 0.0, "code", "speech positions a prefix vector, to run beside the text; 0.0: as paper"),
         **fitting(
             (60, 200, 5_000, 100_000),
             (20.0, 60.0, 400.0, 3200.0),

@@ -5,6 +5,9 @@ every other), which fills its kv_cache, then speaks one token after the other on
 pre-network reads the text before. In decoder stage 3 a prefix decoder turns LLM hidden states into the very
 first entries of that cache; nothing else trains. Used by notebooks 06 and 07 and by dialogue.py. The mask is
 drawn in notebook 06.
+
+Beside the paper's way to read a text, a few vectors for each LLM token, there is another: one for each of its
+characters (`spelled`), and positions at which text and speech run side by side (`stretch`). DIFFERENCES 34 and 35.
 """
 
 from collections.abc import Iterator
@@ -18,7 +21,9 @@ from torch.nn import functional as F
 from .attention import KVCache, Rotation, TransformerBlock, lengths_mask, rotary, rotation
 from .errors import StageMismatch
 from .scales import Preset
+from .text import SPELLING_IDS
 
+EXTRA_TOKENS = 40  # a second that any text may take beyond `longest`: pauses, a single slow word
 TURNS = 64  # speech positions whose rotary angles are computed at once: far cheaper than one by one
 
 
@@ -52,6 +57,7 @@ class DecoderState:
 
     caches: list[KVCache]
     start: Tensor  # (batch,) position of START_OF_SPEECH; a prefix does not count
+    read: Tensor  # (batch,) text vectors that were read
     visible: Tensor | None  # bool (batch, prefix + text positions); None: nothing is padded
     ended: Tensor  # bool (batch,): the decoder said END_OF_SPEECH by itself
     spoken: int = 0  # steps so far
@@ -108,15 +114,59 @@ class TextProjection(nn.Sequential):
         )  # under autocast too, what the blocks add up keeps the weights' precision
         return x.unflatten(-1, (self.vectors, -1)).flatten(1, 2)
 
+    def counts(self, characters: Tensor | None, lengths: Tensor) -> Tensor:
+        """(batch,) vectors of each row."""
+        return lengths * self.vectors
+
+
+class SpelledProjection(nn.Module):
+    """One vector for each character: what the character is, plus what its token means.
+
+    LLM vectors (batch, tokens, llm_width), characters (batch, tokens, longest; 0: none) -> (batch, characters, width).
+    """
+
+    def __init__(self, llm_width: int, width: int) -> None:
+        super().__init__()
+        self.token = TextProjection(llm_width, width, vectors=1)
+        self.character = nn.Embedding(SPELLING_IDS, width)
+
+    def forward(self, x: Tensor, lengths: Tensor, characters: Tensor) -> Tensor:
+        inside = self.inside(characters, lengths).flatten(1)
+        count = int(inside.sum(dim=1).max()) if inside.numel() else 0
+        order = inside.int().argsort(dim=1, descending=True, stable=True)[
+            :, :count
+        ]  # all that are there come first
+        letters = characters.flatten(1).gather(1, order)
+        owners = order // max(1, characters.shape[2])  # each character's token
+        tokens = self.token(x, lengths)
+        spelled = tokens.gather(1, owners[..., None].expand(-1, -1, tokens.shape[2]))
+        return spelled + self.character(letters).to(spelled.dtype)
+
+    def inside(self, characters: Tensor, lengths: Tensor) -> Tensor:
+        """Bool (batch, tokens, longest): where a character stands."""
+        return (characters > 0) & lengths_mask(lengths, characters.shape[1])[..., None]
+
+    def counts(self, characters: Tensor, lengths: Tensor) -> Tensor:
+        """(batch,) characters of each row."""
+        return self.inside(characters, lengths).flatten(1).sum(dim=1)
+
 
 class SpeechDecoder(nn.Module):
-    """Text vectors (batch, text_tokens, llm_width) -> speech tokens. Ids: the codes, then four specials."""
+    """Text vectors (batch, text_tokens, llm_width) -> speech tokens. Ids: the codes, then four specials.
+
+    characters   of every text token, (batch, text_tokens, longest) ids of text.Speller, 0 where there is none; only a
+                 decoder of a `spelled` preset needs them, any other ignores them
+    """
 
     def __init__(self, preset: Preset, codebook_size: int, llm_width: int) -> None:
         super().__init__()
         self.preset, self.codebook_size = preset, codebook_size
         self.vectors = preset.vectors_per_text_token
-        self.text_projection = TextProjection(llm_width, preset.width, self.vectors)
+        self.text_projection = (
+            SpelledProjection(llm_width, preset.width)
+            if preset.spelled
+            else TextProjection(llm_width, preset.width, self.vectors)
+        )
         self.pre_network = blocks(preset, preset.pre_network_layers)
         self.embedding = nn.Embedding(codebook_size + 4, preset.width)
         self.blocks = blocks(preset, preset.layers)
@@ -153,12 +203,13 @@ class SpeechDecoder(nn.Module):
         codes: Tensor,
         code_lengths: Tensor,
         prefix: Prefix | None = None,
+        characters: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Teacher forcing on codes (batch, speech_tokens): mean cross-entropy over codes and END_OF_SPEECH.
 
         Returns loss and token_accuracy (how often the likeliest token was the right one, 0 to 1).
         """
-        logits = self.logits(text_vectors, text_lengths, codes, code_lengths, prefix)
+        logits = self.logits(text_vectors, text_lengths, codes, code_lengths, prefix, characters)
         targets = self.targets(codes, code_lengths)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=self.PAD)
         right = (logits.argmax(dim=-1) == targets)[targets != self.PAD]
@@ -171,19 +222,23 @@ class SpeechDecoder(nn.Module):
         codes: Tensor,
         code_lengths: Tensor,
         prefix: Prefix | None = None,
+        characters: Tensor | None = None,
     ) -> Tensor:
         """(batch, 1 + speech_tokens, codes + 4): place j tells what follows the first j codes."""
-        text = self.read_text(text_vectors, text_lengths)
+        text, lengths = self.read_text(text_vectors, text_lengths, characters)
         codes = codes.masked_fill(~lengths_mask(code_lengths, codes.shape[1]), self.PAD)
         speech = self.embedding(F.pad(codes, (1, 0), value=self.START_OF_SPEECH))
-        turn = rotation(
-            self.positions(text_lengths, text.shape[1], speech.shape[1]), self.blocks[0].head_width
-        )
-        mask = self.training_mask(text_lengths, text.shape[1], speech.shape[1], prefix)
+        count = text.shape[1]
+        turn = rotation(self.positions(lengths, count, speech.shape[1]), self.blocks[0].head_width)
+        mask = self.training_mask(lengths, count, speech.shape[1], prefix)
         x = torch.cat([text, speech], dim=1)
-        for index, block in enumerate(self.blocks):
+        *earlier, last = self.blocks
+        for index, block in enumerate(earlier):
             x = block(x, turn, mask, prefix.layers[index] if prefix else None)
-        return self.output(self.norm(x[:, text.shape[1] :]))
+        text_turn = tuple(angles[:, :, :count] for angles in turn)
+        speech_turn = tuple(angles[:, :, count:] for angles in turn)
+        read = read_only(last, x[:, :count], text_turn, prefix.layers[-1] if prefix else None)
+        return self.output(self.norm(last(x[:, count:], speech_turn, mask[:, :, count:], read)))
 
     def targets(self, codes: Tensor, code_lengths: Tensor) -> Tensor:
         """(batch, 1 + speech_tokens): the codes, END_OF_SPEECH right after each sample's last, then PAD."""
@@ -192,46 +247,64 @@ class SpeechDecoder(nn.Module):
         padded = F.pad(codes, (0, 1))
         return torch.where(places < ends, padded, torch.where(places == ends, self.END_OF_SPEECH, self.PAD))
 
-    def read_text(self, text_vectors: Tensor, text_lengths: Tensor) -> Tensor:
-        """[BEGIN_OF_TEXT, pre-network(projected text)]: (batch, 1 + text_tokens * vectors, width)."""
-        text = self.text_projection(text_vectors, text_lengths)
+    def read_text(
+        self, text_vectors: Tensor, text_lengths: Tensor, characters: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[BEGIN_OF_TEXT, pre-network(projected text)]: (batch, 1 + text vectors, width), and how many are no padding.
+
+        Raises ValueError if a decoder that spells gets no characters.
+        """
+        if self.preset.spelled and characters is None:
+            raise ValueError("this speech decoder spells: give the characters of the text (text.Speller)")
+        spelling = (characters,) if self.preset.spelled else ()
+        text = self.text_projection(text_vectors, text_lengths, *spelling)
+        counts = self.text_projection.counts(characters, text_lengths)
         if text.shape[1] and len(self.pre_network):
-            mask = padding_mask(text_lengths * self.vectors, text.shape[1])
+            mask = padding_mask(counts, text.shape[1])
             turn = rotation(torch.arange(text.shape[1], device=text.device), self.pre_network[0].head_width)
             for block in self.pre_network:
                 text = block(text, turn, mask)
         begin = torch.full((len(text), 1), self.BEGIN_OF_TEXT, device=text.device)
-        return torch.cat([self.embedding(begin), text], dim=1)
+        return torch.cat([self.embedding(begin), text], dim=1), 1 + counts
 
-    def text_positions(self, text_lengths: Tensor) -> Tensor:
-        """(batch,) positions that BEGIN_OF_TEXT and the text take: the position of START_OF_SPEECH."""
-        return 1 + text_lengths * self.vectors
+    def start_of_speech(self, lengths: Tensor) -> Tensor:
+        """(batch,) the position of START_OF_SPEECH behind `lengths` text vectors; 0 if text and speech run together."""
+        return torch.zeros_like(lengths) if self.preset.stretch else lengths
 
-    def positions(self, text_lengths: Tensor, text: int, speech: int) -> Tensor:
+    def text_positions(self, text: int, device: torch.device | None = None) -> Tensor:
+        """(text,) positions of BEGIN_OF_TEXT and what follows, `stretch` apart if text and speech run together."""
+        return torch.arange(text, device=device) * (self.preset.stretch or 1)
+
+    def positions(self, lengths: Tensor, text: int, speech: int) -> Tensor:
         """(batch, text + speech): speech goes on after each sample's own text, so padding moves nothing."""
-        spoken = self.text_positions(text_lengths)[:, None] + torch.arange(speech, device=text_lengths.device)
-        return torch.cat([torch.arange(text, device=spoken.device).expand(len(spoken), -1), spoken], dim=1)
+        spoken = self.start_of_speech(lengths)[:, None] + torch.arange(speech, device=lengths.device)
+        read = self.text_positions(text, lengths.device).expand(len(spoken), -1)
+        return torch.cat([read, spoken.to(read.dtype)], dim=1)
 
-    def training_mask(self, text_lengths: Tensor, text: int, speech: int, prefix: Prefix | None) -> Tensor:
+    def training_mask(self, lengths: Tensor, text: int, speech: int, prefix: Prefix | None) -> Tensor:
         """decoder_mask without what is padded in prefix and text: bool (batch, 1, queries, keys).
 
         BEGIN_OF_TEXT is always seen, so no row is empty and padding stays finite. Padded speech needs no mask
         of its own: it stands after all that is valid.
         """
-        visible = self.context_visible(text_lengths, text, prefix)
+        visible = self.context_visible(lengths, text, prefix)
         allowed = decoder_mask(visible.shape[1] - text, text, speech).to(visible.device)
         return allowed & F.pad(visible, (0, speech), value=True)[:, None, None]
 
-    def context_visible(self, text_lengths: Tensor, text: int, prefix: Prefix | None) -> Tensor:
+    def context_visible(self, lengths: Tensor, text: int, prefix: Prefix | None) -> Tensor:
         """Bool (batch, prefix + text positions): what is there to be seen before the first speech token."""
-        visible = lengths_mask(self.text_positions(text_lengths), text)
+        visible = lengths_mask(lengths, text)
         return torch.cat([prefix.visible(), visible], dim=1) if prefix else visible
 
     # Speaking: nar prefill of the text, then ar steps on its cache.
 
     @torch.inference_mode()
     def prefill(
-        self, text_vectors: Tensor, prefix: Prefix | None = None, text_lengths: Tensor | None = None
+        self,
+        text_vectors: Tensor,
+        prefix: Prefix | None = None,
+        text_lengths: Tensor | None = None,
+        characters: Tensor | None = None,
     ) -> DecoderState:
         """Read a text (1, text_tokens, llm_width), or a padded batch with its lengths.
 
@@ -243,15 +316,18 @@ class SpeechDecoder(nn.Module):
             )
         if text_lengths is None:
             text_lengths = torch.full((len(text_vectors),), text_vectors.shape[1], device=text_vectors.device)
-        text = self.read_text(text_vectors, text_lengths)
-        visible = self.context_visible(text_lengths, text.shape[1], prefix)
+        text, lengths = self.read_text(text_vectors, text_lengths, characters)
+        visible = self.context_visible(lengths, text.shape[1], prefix)
         visible = None if visible.all() else visible
+        mask = None if visible is None else visible[:, None, None]
         caches = prefix_caches(prefix, len(self.blocks))
-        turn = rotation(torch.arange(text.shape[1], device=text.device), self.blocks[0].head_width)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            text = block(text, turn, None if visible is None else visible[:, None, None], cache)
-        start = self.text_positions(text_lengths)
-        return DecoderState(caches, start, visible, torch.zeros_like(start, dtype=torch.bool))
+        turn = rotation(self.text_positions(text.shape[1], text.device), self.blocks[0].head_width)
+        *earlier, last = zip(self.blocks, caches, strict=True)
+        for block, cache in earlier:
+            text = block(text, turn, mask, cache)
+        read_only(last[0], text, turn, last[1])
+        nobody = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+        return DecoderState(caches, self.start_of_speech(lengths), lengths - 1, visible, nobody)
 
     @torch.inference_mode()
     def step(self, token: Tensor | int, state: DecoderState) -> Tensor:
@@ -283,24 +359,30 @@ class SpeechDecoder(nn.Module):
         max_speech_tokens: int | None = None,
         repetition_window: int | None = None,
         repetition_penalty: float | None = None,
+        characters: Tensor | None = None,
     ) -> Utterance:
         """Speak a text (1, text_tokens, llm_width): an iterator of codes that the codec takes as they are.
 
         Settings left out are the preset's. The generator lives on the CPU: tokens are drawn there on any
         device. The text is read by this call, before the first code is asked for; each code costs one step.
         """
-        state = self.prefill(text_vectors, prefix)
+        state = self.prefill(text_vectors, prefix, characters=characters)
         settings = (top_k, generator, max_speech_tokens, repetition_window, repetition_penalty)
         return Utterance(state, self.draw(state, *settings))
 
     def generate_batch(
-        self, text_vectors: Tensor, text_lengths: Tensor, prefix: Prefix | None = None, **settings
+        self,
+        text_vectors: Tensor,
+        text_lengths: Tensor,
+        prefix: Prefix | None = None,
+        characters: Tensor | None = None,
+        **settings,
     ) -> tuple[list[list[int]], list[bool]]:
         """Speak a padded batch at once, settings as in generate.
 
         Returns each row's codes, and whether it ended by itself.
         """
-        state = self.prefill(text_vectors, prefix, text_lengths)
+        state = self.prefill(text_vectors, prefix, text_lengths, characters)
         drawn = list(self.draw(state, **settings))
         rows = torch.stack(drawn, dim=1).tolist() if drawn else [[] for _ in text_lengths]
         return [[code for code in row if code < self.codebook_size] for row in rows], state.ended.tolist()
@@ -314,24 +396,38 @@ class SpeechDecoder(nn.Module):
         repetition_window: int | None = None,
         repetition_penalty: float | None = None,
     ) -> Iterator[Tensor]:
-        """(batch,) tokens, step by step, until every row has ended; ended rows repeat END_OF_SPEECH."""
+        """(batch,) tokens, step by step, until every row has ended or ran into its limit; it then repeats
+        END_OF_SPEECH. Each row has limits of its own (`bounds`), so what stands beside it in a batch changes nothing.
+        """
         top_k = self.preset.top_k if top_k is None else top_k
         window = self.preset.repetition_window if repetition_window is None else repetition_window
         penalty = self.preset.repetition_penalty if repetition_penalty is None else repetition_penalty
         limit = self.preset.max_speech_tokens if max_speech_tokens is None else max_speech_tokens
+        least, most = (bound.cpu() for bound in self.bounds(state, limit))
         history: list[Tensor] = []
+        ended = done = state.ended.cpu()
         token = torch.full_like(state.start, self.START_OF_SPEECH)
-        for _ in range(limit):
+        for said in range(limit):
             logits = self.only_speakable(self.step(token, state).float().cpu())
+            logits[said < least, self.END_OF_SPEECH] = -torch.inf
             if window and history:
                 logits = discourage(logits, torch.stack(history[-window:], dim=1), penalty)
-            drawn = sample(logits, top_k, generator).masked_fill(state.ended.cpu(), self.END_OF_SPEECH)
-            token = drawn.to(token.device)
-            state.ended = token == self.END_OF_SPEECH
-            if state.ended.all():
+            drawn = sample(logits, top_k, generator).masked_fill(done, self.END_OF_SPEECH)
+            ended = ended | ((drawn == self.END_OF_SPEECH) & ~done)
+            done = ended | (said >= most)
+            drawn = drawn.masked_fill(done, self.END_OF_SPEECH)
+            state.ended = ended.to(token.device)
+            if done.all():
                 return
+            token = drawn.to(token.device)
             history.append(drawn)
             yield drawn
+
+    def bounds(self, state: DecoderState, limit: int) -> tuple[Tensor, Tensor]:
+        """(batch,) the fewest and the most codes of each row, from the length of its text; `limit` caps both."""
+        least = (self.preset.shortest * state.read).floor().clamp(max=limit)
+        most = (self.preset.longest * state.read + EXTRA_TOKENS) if self.preset.longest else least + limit
+        return least, most.clamp(max=limit)
 
     def only_speakable(self, logits: Tensor) -> Tensor:
         """Special ids other than END_OF_SPEECH can never be drawn: the codec has no entry for them."""
@@ -343,6 +439,17 @@ def blocks(preset: Preset, count: int) -> nn.ModuleList:
     """`count` gated blocks in the widths of a `decoder_nar_ar` preset."""
     sizes = (preset.width, preset.heads, preset.feed_forward_width)
     return nn.ModuleList(TransformerBlock(*sizes, gated=True, dropout=preset.dropout) for _ in range(count))
+
+
+def read_only(
+    block: TransformerBlock, x: Tensor, turn: Rotation, before: "KVCache | LayerPrefix | None" = None
+) -> LayerPrefix:
+    """What of x (batch, tokens, width) a block lets others see: keys and values, behind those of `before`.
+
+    Of the text, the last block needs nothing more: nobody looks at what it would make of it.
+    """
+    keys, values = block.keys_and_values(block.attention_norm(x), turn)
+    return LayerPrefix(*(before.append(keys, values) if before is not None else (keys, values)))
 
 
 def padding_mask(lengths: Tensor, size: int) -> Tensor:
@@ -422,6 +529,7 @@ class PrefixDecoder(nn.Module):
                 f"each of the speech decoder: set decoder_prefix.layers={len(decoder.blocks)}."
             )
         sizes = decoder.preset
+        self.stretch = preset.stretch
         self.projection = TextProjection(llm_width, sizes.width, decoder.vectors)
         self.blocks = blocks(sizes, preset.layers - 1)
         self.last = KeyValueLayer(sizes.width, sizes.heads)
@@ -438,7 +546,8 @@ class PrefixDecoder(nn.Module):
             hidden_lengths = torch.full(size, hidden_states.shape[1], device=hidden_states.device)
         x = self.projection(hidden_states, hidden_lengths)
         lengths = hidden_lengths * self.projection.vectors
-        turn = rotation(torch.arange(x.shape[1], device=x.device), x.shape[-1] // self.last.heads)
+        positions = torch.arange(x.shape[1], device=x.device) * (self.stretch or 1)
+        turn = rotation(positions, x.shape[-1] // self.last.heads)
         mask, layers = padding_mask(lengths, x.shape[1]), []
         for block in self.blocks:
             keep = Keep()

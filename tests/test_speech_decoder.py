@@ -7,7 +7,15 @@ import torch
 
 from freeze_omni_lite import scales
 from freeze_omni_lite.errors import StageMismatch
-from freeze_omni_lite.speech_decoder import PrefixDecoder, SpeechDecoder, decoder_mask, discourage, sample
+from freeze_omni_lite.speech_decoder import (
+    EXTRA_TOKENS,
+    PrefixDecoder,
+    SpeechDecoder,
+    decoder_mask,
+    discourage,
+    sample,
+)
+from freeze_omni_lite.text import SPELLING_IDS
 
 CODES, LLM_WIDTH = 64, 24
 
@@ -48,6 +56,100 @@ def hidden_states(rows):
     torch.manual_seed(3)
     lengths = torch.tensor([3, 6, 1])[:rows]
     return torch.randn(rows, 6, LLM_WIDTH), lengths
+
+
+# ---- spelled, stretched, bounded ----
+
+SPELLED = dict(spelled=True, stretch=2.75, shortest=1.0, longest=2.0)
+
+
+def spelling(text_lengths=(5, 2, 0), longest=4):
+    """Character ids (batch, tokens, longest), one to four a token, with wild values behind each text."""
+    generator = torch.Generator().manual_seed(4)
+    found = torch.randint(
+        1, SPELLING_IDS, (len(text_lengths), max(text_lengths), longest), generator=generator
+    )
+    counts = torch.randint(1, longest + 1, found.shape[:2], generator=generator)
+    found[torch.arange(longest) >= counts[..., None]] = 0
+    for row, tokens in enumerate(text_lengths):
+        found[row, tokens:] = 7
+    return found
+
+
+def test_every_character_gets_its_own_and_its_tokens_vector():
+    decoder, _ = make(**SPELLED)
+    text, lengths, *_ = batch()
+    characters, projection = spelling(), decoder.text_projection
+    found = projection(text, lengths, characters)
+    assert projection.counts(characters, lengths).tolist() == [
+        int((characters[row, :tokens] > 0).sum()) for row, tokens in enumerate(lengths)
+    ]
+    tokens = projection.token(text, lengths)
+    for row, count in enumerate(lengths):
+        pairs = [(t, int(c)) for t in range(count) for c in characters[row, t] if c]
+        for place, (token, character) in enumerate(pairs):
+            expected = tokens[row, token] + projection.character.weight[character]
+            torch.testing.assert_close(found[row, place], expected)
+
+
+def test_spelled_mask_equals_prefill_and_steps(with_prefix):
+    decoder, prefix_decoder = make(**SPELLED)
+    data, characters = single(batch(), 0), spelling()[:1]
+    prefix = prefix_decoder(hidden_states(1)[0]) if with_prefix else None
+    expected = decoder.logits(*data, prefix, characters)
+    state = decoder.prefill(data[0], prefix, characters=characters)
+    tokens = [decoder.START_OF_SPEECH, *data[2][0].tolist()]
+    stepped = torch.stack([decoder.step(token, state) for token in tokens], dim=1)
+    torch.testing.assert_close(stepped, expected, atol=1e-4, rtol=0)
+
+
+def test_a_spelled_batch_equals_its_samples(with_prefix):
+    decoder, prefix_decoder = make(**SPELLED)
+    data, characters = batch(), spelling()
+    hidden, lengths = hidden_states(3)
+    prefix = prefix_decoder(hidden, lengths) if with_prefix else None
+    together = decoder.logits(*data, prefix, characters)
+    spoken, ended = decoder.generate_batch(*data[:2], prefix, characters, top_k=1, max_speech_tokens=60)
+    for row in range(3):
+        alone = prefix_decoder(hidden[row, None, : lengths[row]]) if with_prefix else None
+        one, own = single(data, row), characters[row, None, : data[1][row]]
+        logits = decoder.logits(*one, alone, own)[0]
+        torch.testing.assert_close(together[row, : one[3] + 1], logits, atol=1e-4, rtol=0)
+        utterance = decoder.generate(one[0], alone, top_k=1, max_speech_tokens=60, characters=own)
+        assert list(utterance) == spoken[row] and utterance.ended == ended[row]
+
+
+def test_each_row_has_limits_of_its_own():
+    decoder, _ = make(**SPELLED)
+    text, lengths, *_ = batch()
+    characters = spelling()
+    counts = decoder.text_projection.counts(characters, lengths)
+    with torch.no_grad():
+        decoder.output.bias[decoder.END_OF_SPEECH] = -100.0
+    spoken, ended = decoder.generate_batch(text, lengths, None, characters)
+    assert [len(row) for row in spoken] == (2 * counts + EXTRA_TOKENS).tolist() and ended == [False] * 3
+    spoken, _ = decoder.generate_batch(text, lengths, None, characters, max_speech_tokens=45)
+    assert [len(row) for row in spoken] == (2 * counts + EXTRA_TOKENS).clamp(max=45).tolist()
+    with torch.no_grad():
+        decoder.output.bias[decoder.END_OF_SPEECH] = 100.0
+    spoken, ended = decoder.generate_batch(text, lengths, None, characters)
+    assert [len(row) for row in spoken] == counts.tolist() and ended == [True] * 3
+
+
+def test_text_and_speech_run_side_by_side():
+    decoder, _ = make(**SPELLED)
+    positions = decoder.positions(torch.tensor([3, 2]), 3, 2)
+    assert positions.tolist() == [[0.0, 2.75, 5.5, 0.0, 1.0]] * 2
+    plain, _ = make()
+    assert plain.positions(torch.tensor([3, 2]), 3, 2).tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 2, 3]]
+
+
+def test_a_spelling_decoder_asks_for_characters_and_trains_all():
+    decoder, prefix_decoder = make(**SPELLED)
+    with pytest.raises(ValueError, match="give the characters"):
+        decoder(*batch())
+    decoder(*batch(), prefix_decoder(*hidden_states(3)), spelling())["loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in decoder.parameters())
 
 
 def test_special_ids_follow_the_codes():
