@@ -477,6 +477,31 @@ WORDS: dict[str, tuple[str, ...]] = {
     """),
     # what questions are about, held-out entities too: the word is met here, the question never
     "entity": tuple(dict.fromkeys(entity for topic in TOPICS.values() for entity in topic.facts)),
+    # what answers consist of, held-out ones too: the word is met here, the answer never
+    "answer": tuple(
+        dict.fromkeys(
+            answer for topic in TOPICS.values() for accepted in topic.facts.values() for answer in accepted
+        )
+    ),
+    # numbers as they are written; text.clean_for_speech says them
+    "count": (*map(str, range(101)), *map(str, range(110, 1000, 10)), *(f"{n},000" for n in range(1, 100))),
+    "year": tuple(map(str, range(1400, 2031))),
+    "ordinal": words("""
+        1st, 2nd, 3rd, 4th, 5th, 6th, 7th, 8th, 9th, 10th, 11th, 12th, 13th, 14th, 15th, 16th, 17th, 18th, 19th,
+        20th, 21st, 22nd, 23rd, 24th, 25th, 26th, 27th, 28th, 29th, 30th, 31st
+    """),
+    "percent": tuple(f"{n}%" for n in range(1, 101)),
+    "money": (
+        *(f"${n}" for n in range(2, 100)),
+        *(f"${n}.{c}" for n in range(1, 20) for c in (25, 50, 75, 99)),
+    ),
+    "clock": tuple(f"{hour}:{minute:02d}" for hour in range(1, 13) for minute in range(0, 60, 5)),
+    "measure": tuple(
+        f"{n} {unit}"
+        for n in (2, 3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 250)
+        for unit in ("km", "kg", "°C", "mph", "cm", "GB", "m")
+    ),
+    "decimal": tuple(f"{n}.{d}" for n in range(0, 20) for d in range(1, 10)),
     "reason": words("""
         because it was late, because the bus was full, because nobody was home, because the shop had closed,
         although it was raining, while the music was playing, before the sun came up,
@@ -529,6 +554,40 @@ SENTENCES = {
         The road between {city} and {city} is closed until {month}.
         {Name} forgot that {person} had never tried {food}.
         Far away from {country}, {people} still speak about {work}."""),
+}  # fmt: skip
+
+# In the manner of answers, with numbers, names and facts: for a voice that answers questions. Splits as above.
+SPOKEN = {
+    "train": lines("""
+        It is {answer}, not {answer}.
+        The word that you look for is {answer}.
+        Most people would say {answer} or {answer}.
+        {Answer} is one example, {answer} is another.
+        Yes, {entity} has something to do with {answer}.
+        No, {entity} is not the same as {entity}.
+        {City} is a large city in the north of {country}.
+        In {country}, people know {city} for its {food}.
+        {Entity} is often mentioned together with {answer}.
+        The answer depends on {entity}, {name}.
+        There are {count} of them, or perhaps {count}.
+        In {year}, about {count} people lived there.
+        It was built in {year} and opened in {month} {year}.
+        The price rose by {percent} to {money}.
+        Only {percent} of the visitors came from {country}.
+        It costs {money}, which is {decimal} times as much.
+        We meet on {day}, the {ordinal}, at {clock}.
+        The {ordinal} of {month} is a {day}.
+        It is {measure} from here, or {count} steps.
+        The {animal} weighs {measure} and runs at {measure}.
+        It took {decimal} hours to walk {measure}.
+        {Name} was born on the {ordinal} of {month}, {year}."""),
+    "test": lines("""
+        I believe that it was {answer} in {year}.
+        You can find {answer} near {city}.
+        About {percent} of all answers were {answer}.
+        The {animal} is {measure} long and {count} years old.
+        {Name} paid {money} for {food} at {clock}.
+        On the {ordinal} of {month} it was {decimal} degrees in {city}."""),
 }  # fmt: skip
 
 NOT_ADDRESSED = {
@@ -638,6 +697,12 @@ def sentences(count: int, seed: int, split: str = "train") -> list[str]:
     """`count` free sentences of at most 20 words."""
     generator = stream(seed, split, "sentences")
     return list(distinct(count, lambda: fill(generator.choice(SENTENCES[split]), generator)))
+
+
+def spoken_sentences(count: int, seed: int, split: str = "train") -> list[str]:
+    """`count` sentences with the numbers and names that answers consist of; numbers in digits, as they are written."""
+    generator = stream(seed, split, "spoken sentences")
+    return list(distinct(count, lambda: fill(generator.choice(SPOKEN[split]), generator)))
 
 
 def not_addressed(count: int, seed: int, split: str = "train") -> list[str]:

@@ -21,18 +21,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from . import audio, samples, sentences, voices
+from .answers import kept_answers
 from .audio import HOP_SAMPLES, SPEECH_SAMPLE_RATE_HZ, SPEECH_TOKENS_PER_SECOND
 from .codec import Codec
 from .errors import InputError, StageMismatch
 from .files import atomic_write_bytes
 from .frozen_llm import FrozenLLM
-from .ranks import barrier, is_main, rank, say, world
+from .ranks import barrier, is_main, rank, world
 from .scales import Preset
 from .stages import shown
-from .text import ChatLayout, clean_for_speech, token_ids
-from .turns import answer_questions
-
-ANSWERED_AT_ONCE = 128  # questions between two lines of progress
+from .text import Speller, clean_for_speech, token_ids
+from .written import written_sentences
 
 # ---- what is said ----------------------------------------------------------------------------------------------------
 
@@ -53,25 +52,28 @@ class Line:
 
 
 def free_sentences(preset: Preset, seed: int, split: str = "train") -> list[Line]:
-    """The preset's number of free sentences: from word lists, or recorded ones if its corpus is a manifest."""
+    """The preset's number of free sentences, as they are spoken, or recorded ones if its corpus is a manifest.
+
+    Up to half of those to train on are `preset.written` sentences of open vocabulary that the LLM writes. The others
+    fill templates from word lists: half of them with any words, half with numbers and names that answers consist of.
+    """
     if preset.corpus == "manifest":
         found = samples.manifest_part(preset.manifest, preset.sentences, preset.test_sentences, split)
         lines = [Line(clean_for_speech(row.text), path=row.path) for row in found]
         return [line for line in lines if line.text]
     count = preset.sentences if split == "train" else preset.test_sentences
-    return [Line(text) for text in sentences.sentences(count, seed, split)]
+    written = min(preset.written, count // 2) if split == "train" else 0
+    texts = written_sentences(preset.writer, written) if written else []
+    half = (count - len(texts) + 1) // 2
+    texts = sentences.sentences(half, seed, split) + texts
+    texts += sentences.spoken_sentences(count - len(texts), seed, split)
+    return [Line(clean_for_speech(text)) for text in texts]
 
 
 def llm_answers(llm: FrozenLLM, preset: Preset, system_prompt: str, seed: int) -> list[Line]:
     """The frozen LLM's own answers to as many questions as the preset says, as they are spoken; equal ones once."""
-    layout = ChatLayout.from_tokenizer(llm.tokenizer, system_prompt)
     asked = list(dict.fromkeys(question.text for question in sentences.questions(preset.answers, seed)))
-    answers: list[str] = []
-    for first in range(0, len(asked), ANSWERED_AT_ONCE):
-        answers += answer_questions(
-            llm, layout, asked[first : first + ANSWERED_AT_ONCE], preset.answer_tokens
-        )
-        say(f"the LLM answered {len(answers)} of {len(asked)} questions")
+    answers = kept_answers(llm, system_prompt, asked, preset.answer_tokens)
     lines = [
         Line(clean_for_speech(text), question, written=text)
         for question, text in zip(asked, answers, strict=True)
@@ -274,12 +276,23 @@ def hold_out_answers(spoken: Sequence[Spoken], one_in: int = 5) -> tuple[list[Sp
     return [item for item in spoken if id(item) not in tested], answers[::one_in]
 
 
+def part_of(spoken: Sequence[Spoken], share: float) -> list[Spoken]:
+    """An evenly spread share of the texts (1.0: all): what a study of hours trains on. Never less than one text.
+
+    >>> [item.text for item in part_of([Spoken(str(i), torch.zeros(1)) for i in range(8)], 0.25)]
+    ['0', '4']
+    """
+    count = max(1, round(share * len(spoken)))
+    return [spoken[i * len(spoken) // count] for i in range(count)]
+
+
 @dataclass
 class SpokenBatches:
     """Spoken texts as batches for training.fit: `batches(step, rank, world)` is a pure function.
 
-    A batch: text_ids (batch, text_tokens), text_lengths (batch,), codes (batch, speech_tokens), code_lengths
-    (batch,), seconds of speech. With `states` also hidden_states (batch, tokens, llm_width), hidden_lengths.
+    A batch: text_ids (batch, text_tokens), text_lengths (batch,), characters of each token (batch, text_tokens, most),
+    codes (batch, speech_tokens), code_lengths (batch,), seconds of speech. With `states` also hidden_states
+    (batch, tokens, llm_width), hidden_lengths.
 
     tokenizer  of the LLM: the speech decoder reads its ids of the text as it is spoken
     states     of each text, (tokens, llm_width): the LLM's hidden states of the tokens it wrote
@@ -295,6 +308,8 @@ class SpokenBatches:
         self.text_ids = [
             torch.tensor(token_ids(self.tokenizer, clean_for_speech(item.text))) for item in self.spoken
         ]
+        speller = Speller(self.tokenizer)
+        self.characters = [speller(ids.tolist()) for ids in self.text_ids]
         self.batches = samples.Batches([item.seconds for item in self.spoken], self.batch_seconds, self.seed)
         facts = [[item.text, item.question, item.codes.tolist()] for item in self.spoken]
         facts += [self.batch_seconds, self.seed, self.states is not None]
@@ -312,12 +327,23 @@ class SpokenBatches:
         indices = list(indices)
         text_ids, text_lengths = pad_rows([self.text_ids[i] for i in indices])
         codes, code_lengths = pad_rows([self.spoken[i].codes for i in indices])
-        found = dict(text_ids=text_ids, text_lengths=text_lengths, codes=codes, code_lengths=code_lengths) | {
-            "seconds": sum(self.spoken[i].seconds for i in indices)
+        found = dict(text_ids=text_ids, text_lengths=text_lengths, codes=codes, code_lengths=code_lengths)
+        found |= {
+            "characters": pad_grids([self.characters[i] for i in indices]),
+            "seconds": sum(self.spoken[i].seconds for i in indices),
         }
         if self.states is not None:
             found["hidden_states"], found["hidden_lengths"] = pad_rows([self.states[i] for i in indices])
         return found
+
+
+def pad_grids(grids: Sequence[Tensor]) -> Tensor:
+    """Grids (rows, columns) of any size as one tensor (batch, rows, columns) with zeros to the right and below."""
+    rows, columns = (max(grid.shape[side] for grid in grids) for side in (0, 1))
+    padded = grids[0].new_zeros(len(grids), rows, columns)
+    for place, grid in enumerate(grids):
+        padded[place, : grid.shape[0], : grid.shape[1]] = grid
+    return padded
 
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,13 @@ import pytest
 
 from freeze_omni_lite import sentences
 
-MAKERS = (sentences.sentences, sentences.not_addressed, sentences.unfinished, sentences.back_channels)
+MAKERS = (
+    sentences.sentences,
+    sentences.spoken_sentences,
+    sentences.not_addressed,
+    sentences.unfinished,
+    sentences.back_channels,
+)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

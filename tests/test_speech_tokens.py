@@ -6,18 +6,20 @@ import pytest
 import tiny
 import torch
 
-from freeze_omni_lite import audio, samples, scales, speech_tokens
+from freeze_omni_lite import answers, audio, samples, scales, speech_tokens
 from freeze_omni_lite.codec import Codec
 from freeze_omni_lite.errors import InputError, StageMismatch
 from freeze_omni_lite.speech_tokens import (
     Corpus,
     Line,
     Spoken,
+    free_sentences,
     read_shards,
     tokenize,
     tokens_in,
     write_shards,
 )
+from freeze_omni_lite.text import clean_for_speech
 
 HASH = "a" * 64
 ANSWER = Line("two", "what comes after one?", written="**two**")
@@ -188,7 +190,40 @@ def test_manifest_is_the_corpus(manifest):
         samples.answer_voice_speech(scales.load("codec", "tiny", **changes), 1)
 
 
-def test_answers_are_asked_once_and_speakable():
+def test_free_sentences_are_speakable_and_the_splits_never_meet():
+    preset = scales.load("speech_tokens", "tiny", sentences=400, test_sentences=60)
+    train, test = ([line.text for line in free_sentences(preset, 1, split)] for split in ("train", "test"))
+    assert (len(train), len(test)) == (400, 60) and not set(train) & set(test)
+    assert not any(character.isdigit() or character in "$%°" for text in train + test for character in text)
+    assert all(text == clean_for_speech(text) for text in train + test)
+    assert any(" dollars and " in text for text in train) and any(" percent " in text for text in train)
+
+
+def test_written_sentences_are_half_at_most(monkeypatch):
+    monkeypatch.setattr(speech_tokens, "written_sentences", lambda writer, count: ["A boat sank."] * count)
+    preset = scales.load("speech_tokens", "tiny", sentences=10, written=8)
+    train = [line.text for line in free_sentences(preset, 1)]
+    assert len(train) == 10 and train.count("A boat sank.") == 5
+    assert "A boat sank." not in [line.text for line in free_sentences(preset, 1, "test")]
+
+
+def test_answers_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("FREEZE_OMNI_CACHE", str(tmp_path))
+    monkeypatch.setattr(answers, "SHARD_QUESTIONS", 2)
+    llm, questions = tiny.llm(), ["what is red ?", "hello", "what is paris ?"]
+    first = answers.kept_answers(llm, "you are helpful", questions[:2], 4)
+    asked = []
+    answer = lambda llm, layout, new, *limits: asked.extend(new) or ["fine"] * len(new)  # noqa: E731
+    monkeypatch.setattr(answers, "answer_questions", answer)
+    assert answers.kept_answers(llm, "you are helpful", questions[::-1], 4) == ["fine", *first[::-1]]
+    assert asked == questions[2:] and len(list(tmp_path.glob("answers/*/*.json"))) == 2
+    answers.kept_answers(tiny.llm(seed=1), "you are helpful", questions[:1], 4)
+    answers.kept_answers(llm, "you are", questions[:1], 4)
+    assert asked[1:] == questions[:1] * 2, "another LLM and another system text have answers of their own"
+
+
+def test_answers_are_asked_once_and_speakable(monkeypatch, tmp_path):
+    monkeypatch.setenv("FREEZE_OMNI_CACHE", str(tmp_path))
     preset = scales.load("speech_tokens", "tiny", answers=6, answer_tokens=4)
     lines = speech_tokens.llm_answers(tiny.llm(), preset, "you are helpful", seed=1)
     assert len({line.question for line in lines}) == len(lines) <= 6

@@ -5,7 +5,8 @@ import torch
 from tiny import tokenizer
 
 from freeze_omni_lite import speech_tokens
-from freeze_omni_lite.speech_tokens import Line, Spoken, SpokenBatches, hold_out_answers
+from freeze_omni_lite.speech_tokens import Line, Spoken, SpokenBatches, hold_out_answers, part_of
+from freeze_omni_lite.text import Speller
 
 
 @pytest.fixture
@@ -38,6 +39,19 @@ def test_hidden_states_have_lengths_of_their_own(spoken):
     states = [torch.full((1 + i, 3), float(i)) for i in range(4)]
     batch = SpokenBatches(spoken, tokenizer(), 3.0, states=states).batch([1, 3])
     assert batch["hidden_lengths"].tolist() == [2, 4] and batch["hidden_states"].shape == (2, 4, 3)
+
+
+def test_characters_stand_beside_their_tokens(spoken):
+    batch = SpokenBatches(spoken, tokenizer(), batch_seconds=3.0).batch([0, 2])
+    for row, place in enumerate((0, 2)):
+        own = Speller(tokenizer())(batch["text_ids"][row, : batch["text_lengths"][row]].tolist())
+        found = batch["characters"][row]
+        assert torch.equal(found[: own.shape[0], : own.shape[1]], own) and found.sum() == own.sum(), place
+
+
+def test_a_share_of_the_corpus_is_spread_evenly(spoken):
+    assert part_of(spoken, 1.0) == spoken and part_of(spoken, 0.5) == spoken[::2]
+    assert part_of(spoken, 0.01) == spoken[:1]
 
 
 def test_recipe_is_that_of_the_corpus(spoken):
