@@ -67,11 +67,11 @@ class KVCache:
             raise ValueError(f"cannot crop a cache of {len(self)} entries to {length}")
         self.end = self.begin + length
 
-    def fork(self) -> "KVCache":
-        """An independent cache with the same entries (one copy of what is in use)."""
+    def fork(self, length: int | None = None) -> "KVCache":
+        """An independent cache with the first `length` entries, or all (one copy of what is in use)."""
         twin = KVCache(self.window)
         if self.buffers is not None:
-            twin.append(*self.view())
+            twin.append(*(entries[:, :, :length] for entries in self.view()))
         return twin
 
     def nbytes(self) -> int:

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from . import metrics, verbs
 from .attention import lengths_mask
 from .audio import LLM_VECTORS_PER_SECOND, SAMPLE_RATE_HZ, SPEECH_SAMPLE_RATE_HZ, pad_to_chunks, resample
-from .dialogue import Session
+from .dialogue import Session, finish
 from .duplex import DialogueState
 from .errors import InputError
 from .frozen_llm import FrozenLLM, predicting_states, until
@@ -304,9 +304,10 @@ def talk_to_the_end(system: System, waveform: Tensor, seed: int = 1) -> TableRow
     """The trace of one spoken turn that is answered at the end of the recording; "no_speech" if nothing was heard."""
     started = time.perf_counter()
     session = Patient(system, seed, timeout_ms=None)
-    events = list(session.feed(pad_to_chunks(waveform)))
+    events = session.feed(pad_to_chunks(waveform))
     if session.turn is not None:
         events += session.close(DialogueState.TAKE_TURN)
+    events += finish(session)
     return verbs.trace(session, events, True, True, time.perf_counter() - started)
 
 

@@ -55,9 +55,9 @@ class LLMCache(Cache):
         for layer in self.layers:
             layer.entries.crop(length)
 
-    def fork(self) -> "LLMCache":
-        """An independent cache with the same content."""
-        return LLMCache([CachedLayer(layer.entries.fork()) for layer in self.layers])
+    def fork(self, length: int | None = None) -> "LLMCache":
+        """An independent cache with the same content, or its first `length` positions."""
+        return LLMCache([CachedLayer(layer.entries.fork(length)) for layer in self.layers])
 
     def shared(self, layer: int, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer as a batch of equal rows, without copying them."""

@@ -10,6 +10,7 @@ from .audio import CHUNK_MS, CHUNK_SAMPLES, exact, pad_to_chunks
 
 WINDOW_SAMPLES = 512  # what Silero takes at 16 kHz
 WINDOWS_PER_CHUNK = exact(CHUNK_SAMPLES, WINDOW_SAMPLES)  # 5
+SILERO_MEMORY = ("_state", "_context", "_last_sr", "_last_batch_size")
 LOOK_BACK_CHUNKS = 6  # 960 ms before the opening are replayed, so that no first word is lost
 
 
@@ -41,6 +42,18 @@ class SpeechGate:
         """Forget everything heard: after a decision the next turn starts fresh."""
         self.model.reset_states()
         self.silence_ms = 0
+
+    def remember(self) -> dict[str, Tensor]:
+        """All that the gate knows of what it heard, to be saved."""
+        known = {name: torch.as_tensor(getattr(self.model, name)).clone() for name in SILERO_MEMORY}
+        return known | {"silence_ms": torch.tensor(self.silence_ms)}
+
+    def restore(self, known: dict[str, Tensor]) -> None:
+        """Go on from what another gate remembered."""
+        self.silence_ms = int(known["silence_ms"])
+        for name in SILERO_MEMORY:
+            value = known[name]
+            setattr(self.model, name, value if value.dim() else int(value))
 
 
 def opening(waveform: Tensor, gate: SpeechGate) -> int | None:

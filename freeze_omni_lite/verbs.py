@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .answering import Segment, speak_segment, spoken_pieces
 from .audio import (
     CHUNK_MS,
     CHUNK_SAMPLES,
@@ -17,7 +18,7 @@ from .audio import (
     exact,
     pad_to_chunks,
 )
-from .dialogue import Event, Segment, Session, speak_segment, spoken_pieces
+from .dialogue import Event, Session, finish
 from .duplex import DialogueState
 from .errors import InputError
 from .frozen_llm import predicting_states
@@ -49,12 +50,13 @@ def talk(system: System, waveform: Tensor, *, seed: int = 1, end_of_file: str = 
     silence = torch.zeros(SILENCE_AFTER_FILE_CHUNKS * CHUNK_SAMPLES)
     for chunk in torch.cat([pad_to_chunks(waveform), silence]).split(CHUNK_SAMPLES):
         events.extend(session.feed(chunk))
-        if any(event.kind == "closed" for event in events[-1000:]):
+        if events[-1].kind in ("closed", "ignored"):
             break
     undecided = session.turn is not None
     forced = undecided and end_of_file == "force"
     if undecided:
         events.extend(session.close(DialogueState.TAKE_TURN if forced else DialogueState.NO_RESPONSE))
+    events.extend(finish(session))
     return Turn(
         joined(events, "audio"), trace(session, events, forced, undecided, time.perf_counter() - started)
     )
