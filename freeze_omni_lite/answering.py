@@ -146,6 +146,7 @@ class SegmentSpeech:
             max_speech_tokens=preset.max_speech_tokens,
             repetition_window=preset.repetition_window,
             repetition_penalty=preset.repetition_penalty,
+            characters=system.speller(ids)[None].to(system.device),
         )
         self.stream = system.codec.start()
 

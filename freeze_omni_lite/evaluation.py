@@ -26,7 +26,7 @@ from .frozen_llm import FrozenLLM, predicting_states, until
 from .metrics import Judge
 from .samples import Utterance, load_audio
 from .sentences import Question
-from .speech_tokens import Spoken, pad_rows
+from .speech_tokens import Spoken, pad_grids, pad_rows
 from .system import System
 from .text import ChatLayout, clean_for_speech, token_ids
 from .turns import Row, text_turn, transcript_limit, transcript_row
@@ -144,9 +144,9 @@ def speak_answers(
     states   hidden states of each answer for the prefix (decoder stage 3); None: no prefix (decoder stage 2)
     """
     tokenizer, device = system.llm.tokenizer, system.device
-    ids, lengths = pad_rows(
-        [torch.tensor(token_ids(tokenizer, clean_for_speech(item.text))) for item in answers]
-    )
+    texts = [token_ids(tokenizer, clean_for_speech(item.text)) for item in answers]
+    ids, lengths = pad_rows([torch.tensor(row) for row in texts])
+    characters = pad_grids([system.speller(row) for row in texts]).to(device)
     prefix = None
     if states is not None:
         hidden, hidden_lengths = pad_rows(states)
@@ -154,7 +154,7 @@ def speak_answers(
     generator = torch.Generator().manual_seed(seed)
     vectors = system.llm.embed(ids)
     return system.speech_decoder.generate_batch(
-        vectors, lengths.to(device), prefix, top_k=top_k, generator=generator
+        vectors, lengths.to(device), prefix, characters, top_k=top_k, generator=generator
     )
 
 

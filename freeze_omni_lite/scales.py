@@ -97,7 +97,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         writer=(*LLM[:-1], "the LLM that writes them"),
         test_utterances=(8, 100, 300, 2620, "ours", "unseen sentences in unseen voices"),
         augment=(False, True, True, True, "ours", "level, room, noise and SpecAugment"),
-        clean_steps=(0, 300, 1000, 0, "ours", "first steps without it, until the alignment is found"),
+        clean_steps=(0, 1200, 4000, 0, "ours", "first steps without it, until the alignment is found"),
         corpus=CORPUS,
         manifest=MANIFEST,
         **fitting(
@@ -202,7 +202,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         vectors_per_text_token=(2, 2, 2, 4, "code", "decoder positions per text token (released: 3584 = 4 x 896)"),
         spelled=(False, True, True, False, "code", "one text vector for each character instead of those"),
         stretch=(0.0, 2.75, 2.75, 0.0, "code", "speech positions a text vector, both from 0; 0.0: text, then speech"),
-        dropout=(0.0, 0.1, 0.1, 0.1, "config", "dropout"),
+        dropout=(0.0, 0.0, 0.1, 0.1, "config", "dropout"),
         corpus_share=(1.0, 1.0, 1.0, 1.0, "ours", "share of the corpus that is learned (a study of hours)"),
         top_k=(2, 2, 2, 2, "config", "AR sampling keeps the k likeliest tokens"),
         repetition_window=(0, 0, 0, 0, "config", "recent tokens that are made less likely; 0: off"),
@@ -211,10 +211,10 @@ STAGES: dict[str, dict[str, tuple]] = {
         shortest=(0.0, 1.2, 1.2, 0.0, "code", "speech tokens a text vector before it may end; 0.0: no bound"),
         longest=(0.0, 5.0, 5.0, 0.0, "code", "and at most, with a second more; 0.0: no bound"),
         **fitting(
-            (60, 600, 20_000, 300_000),
-            (20.0, 120.0, 800.0, 6400.0),
+            (60, 880, 20_000, 300_000),
+            (20.0, 40.0, 800.0, 6400.0),
             (5e-3, 1e-3, 5e-4, 5e-5, "stated", "AdamW learning rate"),
-            (5, 50, 500, 4000, "config", "warm-up steps"),
+            (5, 80, 500, 4000, "config", "warm-up steps"),
         ),
     ),
     "decoder_prefix": dict(
@@ -222,10 +222,10 @@ STAGES: dict[str, dict[str, tuple]] = {
         layers=(2, 4, 4, 4, "stated", "prefix blocks, one for each shared block"),
         stretch=(0.0, 5.7, 5.7, 0.0, "code", "speech positions a prefix vector, to run beside the text; 0.0: as paper"),
         **fitting(
-            (60, 200, 5_000, 100_000),
-            (20.0, 60.0, 400.0, 3200.0),
+            (60, 300, 5_000, 100_000),
+            (20.0, 40.0, 400.0, 3200.0),
             (3e-3, 1e-3, 5e-4, 5e-5, "stated", "AdamW learning rate"),
-            (5, 20, 200, 4000, "config", "warm-up steps"),
+            (5, 30, 200, 4000, "config", "warm-up steps"),
         ),
     ),
 }

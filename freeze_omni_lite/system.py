@@ -15,7 +15,7 @@ from .duplex import StateHead
 from .encoder import CTCHead, Encoder
 from .frozen_llm import FrozenLLM
 from .speech_decoder import PrefixDecoder, SpeechDecoder
-from .text import ChatLayout, CTCUnits
+from .text import ChatLayout, CTCUnits, Speller
 from .training import device as pick_device
 
 LISTENING = ("encoder_ctc", "encoder_adapter", "encoder_prompt", "duplex")
@@ -73,6 +73,11 @@ class System:
         return ChatLayout.from_tokenizer(
             self.llm.tokenizer, self.stage("encoder_adapter").preset.system_prompt
         )
+
+    @cached_property
+    def speller(self) -> Speller:
+        """The characters of the LLM's tokens, for a speech decoder that spells."""
+        return Speller(self.llm.tokenizer)
 
     @cached_property
     def features(self) -> LogMel:
