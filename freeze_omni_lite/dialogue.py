@@ -382,7 +382,7 @@ class Session:
     @classmethod
     @torch.inference_mode()
     def load(cls, system: System, path: str | Path) -> "Session":
-        """Go on with a saved session. Raises InputError for any other file, StageMismatch for another language model."""
+        """Go on with a saved session. Raises InputError for any other file, StageMismatch for another LLM."""
         about, tensors = read_session(Path(path))
         if about["llm"] != system.llm.name:
             raise StageMismatch(

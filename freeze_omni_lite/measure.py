@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 ITEMS = 300
 HEARING = ("encoder_ctc", "encoder_adapter")
+SPEAKING = ("codec", "decoder_nar_ar", "decoder_prefix")
+TALKING = (*HEARING, "encoder_prompt", "duplex", "codec", "decoder_nar_ar", "decoder_prefix")
 # measure -> part -> the stages that it needs
 MEASURES: dict[str, dict[str, tuple[str, ...]]] = {
     "listening": {
@@ -31,6 +33,20 @@ MEASURES: dict[str, dict[str, tuple[str, ...]]] = {
         "stream": HEARING,
         "human": HEARING,
         "frozen": (*HEARING, "encoder_prompt", "duplex"),
+    },
+    "conversation": {
+        "turns": TALKING,
+        "pauses": TALKING,
+        "overlaps": TALKING,
+        "disturbances": TALKING,
+        "memory": (*HEARING, "encoder_prompt", "duplex"),
+    },
+    "speaking": {
+        "codec": ("codec",),
+        "answers": SPEAKING,
+        "free": SPEAKING,
+        "speed": SPEAKING,
+        "sound": SPEAKING,
     },
 }
 
