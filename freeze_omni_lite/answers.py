@@ -1,4 +1,4 @@
-"""What the frozen LLM answers to questions by text, asked once and kept in the cache folder.
+"""What the frozen LLM answers to questions by text, asked once and kept in the cache folder; its states meanwhile.
 
 The speech decoder learns the LLM's own answers (paper: "Decoder training"). Thousands of them take minutes, and
 nothing but the LLM, the system text and the length limit can change them, so they are kept under these.
@@ -10,9 +10,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
 from .files import atomic_write_json
 from .fingerprint import digest
-from .frozen_llm import FrozenLLM
+from .frozen_llm import FrozenLLM, predicting_states
 from .parts import cache_dir
 from .ranks import rank, say
 from .text import ChatLayout
@@ -56,3 +60,22 @@ def read(folder: Path) -> dict[str, str]:
     for path in sorted(folder.glob("*.json")):
         known |= json.loads(path.read_text(encoding="utf-8"))
     return known
+
+
+@torch.no_grad()
+def states_of(
+    llm: FrozenLLM, rows: Sequence[tuple[list[int], list[int]]], batch: int = BATCH
+) -> list[Tensor]:
+    """For rows (token ids before, token ids written): the states (tokens, llm_width) that predict what was written.
+
+    Batched by length: a causal model never looks at the padding on the right.
+    """
+    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+    found: dict[int, Tensor] = {}
+    for first in range(0, len(order), batch):
+        part = order[first : first + batch]
+        ids = [torch.tensor([*rows[i][0], *rows[i][1]]) for i in part]
+        hidden = llm.hidden(llm.embed(pad_sequence(ids, batch_first=True)))
+        for i, states in zip(part, hidden, strict=True):
+            found[i] = predicting_states(states, *map(len, rows[i])).float().cpu()
+    return [found[i] for i in range(len(rows))]
