@@ -483,25 +483,6 @@ WORDS: dict[str, tuple[str, ...]] = {
             answer for topic in TOPICS.values() for accepted in topic.facts.values() for answer in accepted
         )
     ),
-    # numbers as they are written; text.clean_for_speech says them
-    "count": (*map(str, range(101)), *map(str, range(110, 1000, 10)), *(f"{n},000" for n in range(1, 100))),
-    "year": tuple(map(str, range(1400, 2031))),
-    "ordinal": words("""
-        1st, 2nd, 3rd, 4th, 5th, 6th, 7th, 8th, 9th, 10th, 11th, 12th, 13th, 14th, 15th, 16th, 17th, 18th, 19th,
-        20th, 21st, 22nd, 23rd, 24th, 25th, 26th, 27th, 28th, 29th, 30th, 31st
-    """),
-    "percent": tuple(f"{n}%" for n in range(1, 101)),
-    "money": (
-        *(f"${n}" for n in range(2, 100)),
-        *(f"${n}.{c}" for n in range(1, 20) for c in (25, 50, 75, 99)),
-    ),
-    "clock": tuple(f"{hour}:{minute:02d}" for hour in range(1, 13) for minute in range(0, 60, 5)),
-    "measure": tuple(
-        f"{n} {unit}"
-        for n in (2, 3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 250)
-        for unit in ("km", "kg", "°C", "mph", "cm", "GB", "m")
-    ),
-    "decimal": tuple(f"{n}.{d}" for n in range(0, 20) for d in range(1, 10)),
     "reason": words("""
         because it was late, because the bus was full, because nobody was home, because the shop had closed,
         although it was raining, while the music was playing, before the sun came up,
@@ -555,6 +536,28 @@ SENTENCES = {
         {Name} forgot that {person} had never tried {food}.
         Far away from {country}, {people} still speak about {work}."""),
 }  # fmt: skip
+
+# Numbers as they are written; text.clean_for_speech says them. For SPOKEN only: all other texts are spelled out.
+NUMERALS: dict[str, tuple[str, ...]] = {
+    "count": (*map(str, range(101)), *map(str, range(110, 1000, 10)), *(f"{n},000" for n in range(1, 100))),
+    "year": tuple(map(str, range(1400, 2031))),
+    "ordinal": words("""
+        1st, 2nd, 3rd, 4th, 5th, 6th, 7th, 8th, 9th, 10th, 11th, 12th, 13th, 14th, 15th, 16th, 17th, 18th, 19th,
+        20th, 21st, 22nd, 23rd, 24th, 25th, 26th, 27th, 28th, 29th, 30th, 31st
+    """),
+    "percent": tuple(f"{n}%" for n in range(1, 101)),
+    "money": (
+        *(f"${n}" for n in range(2, 100)),
+        *(f"${n}.{c}" for n in range(1, 20) for c in (25, 50, 75, 99)),
+    ),
+    "clock": tuple(f"{hour}:{minute:02d}" for hour in range(1, 13) for minute in range(0, 60, 5)),
+    "measure": tuple(
+        f"{n} {unit}"
+        for n in (2, 3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 75, 100, 250)
+        for unit in ("km", "kg", "°C", "mph", "cm", "GB", "m")
+    ),
+    "decimal": tuple(f"{n}.{d}" for n in range(0, 20) for d in range(1, 10)),
+}
 
 # In the manner of answers, with numbers, names and facts: for a voice that answers questions. Splits as above.
 SPOKEN = {
@@ -675,7 +678,7 @@ def fill(template: str, generator: random.Random) -> str:
 
     def choose(match: re.Match) -> str:
         slot = match.group(1)
-        word = generator.choice(WORDS[slot.lower()])
+        word = generator.choice(NUMERALS.get(slot.lower()) or WORDS[slot.lower()])
         return word[0].upper() + word[1:] if slot[0].isupper() else word
 
     return with_articles(re.sub(r"\{(\w+)\}", choose, template))
