@@ -5,7 +5,7 @@ The notebook is the training script, this library is the set of parts, a stage f
 | section of the paper                      | files                                            | notebook |
 |-------------------------------------------|--------------------------------------------------|----------|
 | Overview                                  | system, verbs, plots, widgets                    | 00       |
-| Speech decoder: codec                     | codebook, codec                                  | 01       |
+| Speech decoder: codec                     | codebook, codec, discriminator                   | 01       |
 | Chunk-wise streaming speech encoder       | audio, augmentation, chunk, attention, encoder   | 02       |
 | Training strategy of the speech input     | adapter, frozen_llm, text, turns                 | 03, 04   |
 | Streaming speech decoder                  | codec, speech_tokens                             | 05       |

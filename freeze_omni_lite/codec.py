@@ -40,24 +40,18 @@ LIMIT = 0.9  # samples beyond it are bent, so that none reaches 1
 LOUDEST_LOG_MAGNITUDE = math.log(2 * HEAD_WINDOW_SAMPLES)
 
 
-class LogMelBank(nn.Module):
-    """Log-mel spectrogram of 24 kHz speech. (batch, samples) -> (batch, samples // hop_samples, mels).
+class Spectrum(nn.Module):
+    """Magnitudes of short windows of 24 kHz speech. (batch, samples) -> (batch, samples // hop_samples, bands).
 
-    Frame i is centred on the i-th hop. Magnitudes, not powers; a full-scale tone is 0, silence log(3e-4).
+    Frame i is centred on the i-th hop; bands = window_samples // 2 + 1. A full-scale tone is 1.
     """
 
     window: Tensor
-    mel_weights: Tensor
 
-    def __init__(self, window_samples: int, hop_samples: int, mel_bins: int) -> None:
+    def __init__(self, window_samples: int, hop_samples: int) -> None:
         super().__init__()
-        from torchaudio.functional import melscale_fbanks
-
         self.window_samples, self.hop_samples = window_samples, hop_samples
-        bands = window_samples // 2 + 1
-        weights = melscale_fbanks(bands, 0.0, SPEECH_SAMPLE_RATE_HZ / 2, mel_bins, SPEECH_SAMPLE_RATE_HZ)
         window = torch.hann_window(window_samples)
-        self.register_buffer("mel_weights", weights, persistent=False)
         self.register_buffer("window", window * 2 / window.sum(), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
@@ -65,8 +59,27 @@ class LogMelBank(nn.Module):
         padded = functional.pad(waveform.float(), (before, self.window_samples - self.hop_samples - before))
         frames = padded.unfold(-1, self.window_samples, self.hop_samples)
         power = torch.view_as_real(torch.fft.rfft(frames * self.window)).square().sum(dim=-1)
-        magnitude = power.clamp_min(1e-14).sqrt()  # the root has no slope at zero
-        return (magnitude @ self.mel_weights).clamp_min(LOG_FLOOR).log()
+        return power.clamp_min(1e-14).sqrt()  # the root has no slope at zero
+
+
+class LogMelBank(Spectrum):
+    """Log-mel spectrogram of 24 kHz speech. (batch, samples) -> (batch, samples // hop_samples, mels).
+
+    Magnitudes, not powers; a full-scale tone is 0, silence log(3e-4).
+    """
+
+    mel_weights: Tensor
+
+    def __init__(self, window_samples: int, hop_samples: int, mel_bins: int) -> None:
+        super().__init__(window_samples, hop_samples)
+        from torchaudio.functional import melscale_fbanks
+
+        bands = window_samples // 2 + 1
+        weights = melscale_fbanks(bands, 0.0, SPEECH_SAMPLE_RATE_HZ / 2, mel_bins, SPEECH_SAMPLE_RATE_HZ)
+        self.register_buffer("mel_weights", weights, persistent=False)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        return (super().forward(waveform) @ self.mel_weights).clamp_min(LOG_FLOOR).log()
 
 
 class ConvNeXtBlock(nn.Module):
@@ -311,7 +324,10 @@ class Codec(nn.Module):
 
         Returns scalars: loss = mel + convergence + commitment_weight * commitment, these three, and perplexity.
         """
-        outputs = self.reconstruct(waveforms, lengths)
+        return self.losses(self.reconstruct(waveforms, lengths))
+
+    def losses(self, outputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The losses of `forward` for what `reconstruct` returned."""
         mel, convergence = self.spectral_losses(outputs["rebuilt"], outputs["original"], outputs["lengths"])
         commitment = outputs["commitment"]
         loss = mel + convergence + self.commitment_weight * commitment

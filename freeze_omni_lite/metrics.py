@@ -1,9 +1,10 @@
-"""What is measured: word errors, codebook use, dialogue states, latency, spectral distance; and the judge.
+"""What is measured: word errors, codebook use, dialogue states, latency, spectral distance; judges of words and sound.
 
 Every intelligibility figure names its judge and the judge's own error on the originals: a bad ear must not pass for
 bad speech, nor excuse it.
 """
 
+import functools
 import logging
 import math
 import os
@@ -23,6 +24,8 @@ STATES = ("keep_listening", "take_turn", "no_response")
 DYNAMIC_RANGE_DB = 80.0
 JUDGE_LIMIT = 0.03  # a judge that errs more often than this on originals decides nothing
 DB_PER_NEPER_OF_POWER = 10 / math.log(10)
+DNSMOS_WINDOW_SAMPLES = 144_160  # 9.01 s at 16 kHz: what the network takes
+DNSMOS_OVERALL = (-0.06766283, 1.11546468, 0.04602535)  # its authors' fit from raw to listeners' scores
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
@@ -243,3 +246,51 @@ class Whisper(Judge):
             samples, language="en", beam_size=5, condition_on_previous_text=False
         )
         return " ".join(piece.text.strip() for piece in pieces)
+
+
+# ---- the judge of sound ----------------------------------------------------------------------------------------------
+
+
+def dnsmos(waveforms: Sequence[Tensor]) -> float:
+    """Mean DNSMOS P.835, overall, of waveforms (samples,) at 16 kHz: how listeners would rate them, from 1 to 5.
+
+    As its authors measure: a clip is repeated until it fills 9.01 s, a longer one is rated in steps of a second. It
+    judges noise and distortion, not words. Raises InputError for nothing to hear, PartMissing as `no_dnsmos` tells.
+    """
+    if not len(waveforms) or min(map(len, waveforms)) == 0:
+        raise InputError("no sound to rate: give DNSMOS at least one waveform with at least one sample.")
+    network = dnsmos_network()
+    return sum(dnsmos_overall(network, waveform) for waveform in waveforms) / len(waveforms)
+
+
+def no_dnsmos() -> str:
+    """Empty if DNSMOS can be measured, else the line to print in place of a figure."""
+    lacking = [name for name in ("speechmos", "onnxruntime") if find_spec(name) is None]
+    if not lacking:
+        return ""
+    return f"not measured: DNSMOS needs {' and '.join(lacking)}; `pip install -e '.[judge]'`"
+
+
+@functools.cache
+def dnsmos_network() -> Any:
+    """The network inside the package speechmos, whose own code would need librosa. Raises PartMissing."""
+    if reason := no_dnsmos():
+        raise PartMissing(f"{reason}.")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = thread_count()
+    place = Path(find_spec("speechmos").origin).parent / "dnsmos_models" / "sig_bak_ovr.onnx"
+    return onnxruntime.InferenceSession(str(place), options, providers=["CPUExecutionProvider"])
+
+
+def dnsmos_overall(network: Any, waveform: Tensor) -> float:
+    """The overall score of one waveform (samples,) at 16 kHz, mean of its windows."""
+    waveform = waveform.detach().cpu().float().clamp(-1, 1)
+    while len(waveform) < DNSMOS_WINDOW_SAMPLES:
+        waveform = waveform.repeat(2)
+    windows = waveform.unfold(0, DNSMOS_WINDOW_SAMPLES, SAMPLE_RATE_HZ)
+    name = network.get_inputs()[0].name
+    raw = [float(network.run(None, {name: window[None].numpy()})[0][0][2]) for window in windows]
+    squared, linear, constant = DNSMOS_OVERALL
+    return sum(squared * x * x + linear * x + constant for x in raw) / len(raw)

@@ -553,7 +553,8 @@ def with_silence(waveform: Tensor, generator: torch.Generator) -> Tensor:
 class Excerpts:
     """Random excerpts of one length at 24 kHz for the codec, as a pure function of (step, rank, world).
 
-    A batch: waveforms (batch, samples), lengths (batch,) in samples, seconds. Short ones are zero-padded.
+    A batch: waveforms (batch, samples), lengths (batch,) in samples, seconds of audio, and the step it was made for,
+    because a stage may have phases. Short ones are zero-padded.
     """
 
     utterances: Sequence[Utterance]
@@ -577,6 +578,7 @@ class Excerpts:
             "waveforms": waveforms,
             "lengths": lengths,
             "seconds": size * self.segment_seconds,
+            "step": step,
         }
 
     def excerpt(self, utterance: Utterance, generator: torch.Generator) -> Tensor:

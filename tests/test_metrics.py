@@ -2,14 +2,16 @@
 
 import doctest
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from freeze_omni_lite import metrics
+from freeze_omni_lite import metrics, samples
 from freeze_omni_lite.audio import SAMPLE_RATE_HZ, resample
 from freeze_omni_lite.errors import InputError, PartMissing
 
+DATA_SAMPLES = Path(__file__).resolve().parents[1] / "data_samples"
 SPOKEN = ["Turn on the light in the kitchen.", "What is the capital of France?"]
 
 
@@ -131,3 +133,47 @@ def test_the_judge_in_the_wheel_hears_clean_speech(monkeypatch):
     ]  # no memory between clips
     assert judge.transcribe(torch.zeros(100)) == judge.transcribe(torch.zeros(0))
     assert judge.wer([torch.zeros(1600)] * 2, SPOKEN) > 0.9
+
+
+def test_dnsmos_says_why_it_is_not_measured(monkeypatch):
+    metrics.dnsmos_network.cache_clear()
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    reason = metrics.no_dnsmos()
+    assert reason.startswith("not measured: DNSMOS needs speechmos and onnxruntime")
+    with pytest.raises(PartMissing, match="not measured: DNSMOS"):
+        metrics.dnsmos([torch.zeros(16_000)])
+    for nothing in ([], [torch.zeros(0)]):
+        with pytest.raises(InputError, match="no sound to rate"):
+            metrics.dnsmos(nothing)
+
+
+@pytest.mark.skipif(bool(metrics.no_dnsmos()), reason="the package speechmos is not installed")
+def test_dnsmos_prefers_speech_to_noisy_speech():
+    metrics.dnsmos_network.cache_clear()
+    torch.manual_seed(1)
+    recording = samples.load_audio(samples.from_manifest(DATA_SAMPLES / "human.jsonl")[0])
+    noisy = recording + 0.05 * torch.randn(len(recording))
+    clean, disturbed = metrics.dnsmos([recording]), metrics.dnsmos([noisy])
+    assert 1 < disturbed < clean - 0.3 < 5
+    assert metrics.dnsmos([recording, noisy]) == pytest.approx((clean + disturbed) / 2)
+
+
+def test_dnsmos_rates_every_second_of_a_long_clip_and_repeats_a_short_one():
+    class Network:
+        """Takes the mean of a window for its overall score."""
+
+        def get_inputs(self):
+            return [type("Input", (), {"name": "input_1"})]
+
+        def run(self, _, inputs):
+            (window,) = inputs["input_1"]
+            assert window.shape == (metrics.DNSMOS_WINDOW_SAMPLES,)
+            seen.append(float(window[0]))
+            return [[[0.0, 0.0, 1.0]]]
+
+    seen: list[float] = []
+    score = metrics.dnsmos_overall(Network(), torch.full((20_000,), 0.25))
+    assert seen == [0.25] and score == pytest.approx(sum(metrics.DNSMOS_OVERALL))
+    seen.clear()
+    metrics.dnsmos_overall(Network(), torch.arange(200_000) / 400_000)  # 12.5 s
+    assert seen == pytest.approx([second * 16_000 / 400_000 for second in range(4)])
