@@ -402,6 +402,15 @@ CITIES = CAPITAL_CITIES + words("""
     Geneva, Zurich, Milan, Naples, Liverpool, Manchester, Glasgow, Oxford, Cambridge, Shanghai, Hong Kong,
     Mumbai, Istanbul, San Francisco, Seattle
 """)
+PROPER = (
+    "capital",
+    "language",
+    "continent",
+    "after",
+    "before",
+    "author",
+    "painter",
+)  # topics answered by a name
 WORDS: dict[str, tuple[str, ...]] = {
     "name": FIRST_NAMES,
     "country": COUNTRIES,
@@ -480,7 +489,10 @@ WORDS: dict[str, tuple[str, ...]] = {
     # what answers consist of, held-out ones too: the word is met here, the answer never
     "answer": tuple(
         dict.fromkeys(
-            answer for topic in TOPICS.values() for accepted in topic.facts.values() for answer in accepted
+            answer.title() if name in PROPER else answer
+            for name, topic in TOPICS.items()
+            for accepted in topic.facts.values()
+            for answer in accepted
         )
     ),
     "reason": words("""
