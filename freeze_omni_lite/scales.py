@@ -215,13 +215,14 @@ STAGES: dict[str, dict[str, tuple]] = {
         spelled=(False, True, True, False, "code", "one text vector for each character instead of those"),
         stretch=(0.0, 2.75, 2.75, 0.0, "code", "speech positions a text vector, both from 0; 0.0: text, then speech"),
         dropout=(0.0, 0.0, 0.1, 0.1, "config", "dropout"),
+        pair_steps=(2, 30, 100, 0, "ours", "steps of two short trainings, plain and spelled, to be compared"),
         corpus_share=(1.0, 1.0, 1.0, 1.0, "ours", "share of the corpus that is learned (a study of hours)"),
         top_k=(2, 2, 2, 2, "config", "AR sampling keeps the k likeliest tokens"),
         repetition_window=(0, 0, 0, 0, "config", "recent tokens that are made less likely; 0: off"),
         repetition_penalty=(1.1, 1.1, 1.1, 1.1, "config", "by how much"),
         max_speech_tokens=(240, 1000, 1000, 1000, "code", "longest segment, speech tokens (40 a second)"),
-        shortest=(0.0, 1.2, 1.2, 0.0, "code", "speech tokens a text vector before it may end; 0.0: no bound"),
-        longest=(0.0, 5.0, 5.0, 0.0, "code", "and at most, with a second more; 0.0: no bound"),
+        shortest=(0.45, 0.45, 0.45, 0.45, "ours", "of text vectors x stretch: no end before (stretch 0.0: no bound)"),
+        longest=(1.8, 1.8, 1.8, 1.8, "ours", "likewise: the longest, and a second more"),
         **fitting(
             (60, 880, 20_000, 300_000),
             (20.0, 40.0, 800.0, 6400.0),
@@ -232,6 +233,8 @@ STAGES: dict[str, dict[str, tuple]] = {
     "decoder_prefix": dict(
         llm=LLM,
         layers=(2, 4, 4, 4, "stated", "prefix blocks, one for each shared block"),
+        judged=(4, 10, 40, 200, "ours", "unseen answers that are spoken for a judge"),
+        most_top_k=(2, 2, 5, 5, "ours", "and say with every top_k up to this"),
         stretch=(0.0, 5.7, 5.7, 0.0, "code", "speech positions a prefix vector, to run beside the text; 0.0: as paper"),
         **fitting(
             (60, 300, 5_000, 100_000),

@@ -424,10 +424,14 @@ class SpeechDecoder(nn.Module):
             yield drawn
 
     def bounds(self, state: DecoderState, limit: int) -> tuple[Tensor, Tensor]:
-        """(batch,) the fewest and the most codes of each row, from the length of its text; `limit` caps both."""
-        least = (self.preset.shortest * state.read).floor().clamp(max=limit)
-        most = (self.preset.longest * state.read + EXTRA_TOKENS) if self.preset.longest else least + limit
-        return least, most.clamp(max=limit)
+        """(batch,) the fewest and the most codes of each row, from how long its text should last; `limit` caps both.
+
+        That is known where text positions are `stretch` speech tokens apart; else the limit alone holds.
+        """
+        expected = self.preset.stretch * state.read
+        least = (self.preset.shortest * expected).floor()
+        most = self.preset.longest * expected + (EXTRA_TOKENS if self.preset.stretch else limit)
+        return least.clamp(max=limit), most.clamp(max=limit)
 
     def only_speakable(self, logits: Tensor) -> Tensor:
         """Special ids other than END_OF_SPEECH can never be drawn: the codec has no entry for them."""

@@ -276,13 +276,13 @@ def hold_out_answers(spoken: Sequence[Spoken], one_in: int = 5) -> tuple[list[Sp
     return [item for item in spoken if id(item) not in tested], answers[::one_in]
 
 
-def part_of(spoken: Sequence[Spoken], share: float) -> list[Spoken]:
-    """An evenly spread share of the texts (1.0: all): what a study of hours trains on. Never less than one text.
+def part_of(spoken: Sequence[Spoken], share: float, least: int = 16) -> list[Spoken]:
+    """An evenly spread share of the texts (1.0: all), `least` or more: what a study of hours trains on.
 
-    >>> [item.text for item in part_of([Spoken(str(i), torch.zeros(1)) for i in range(8)], 0.25)]
+    >>> [item.text for item in part_of([Spoken(str(i), torch.zeros(1)) for i in range(8)], 0.25, least=1)]
     ['0', '4']
     """
-    count = max(1, round(share * len(spoken)))
+    count = min(len(spoken), max(least, round(share * len(spoken))))
     return [spoken[i * len(spoken) // count] for i in range(count)]
 
 

@@ -80,7 +80,7 @@ SHORT_CTC = {
     "encoder_ctc.layers": Share(0.5, least=2),
     "encoder_ctc.batch_seconds": Share(0.5, least=8),
     "encoder_ctc.steps": Share(0.6, least=240),
-    "encoder_ctc.augment": False,
+    "encoder_ctc.augment_share": 0.0,
 }
 SHORT_ADAPTER = {
     "encoder_adapter.batch_seconds": Share(0.5, least=4),
@@ -98,6 +98,14 @@ SHORT_DUPLEX = {
 CTC_RESULTS = (
     Result("CER (%) by chunk in decoding", "encoder_ctc.cer_percent_by_chunk"),
     Result("CER (%)", "encoder_ctc.test_cer", 100),
+)
+# The speech decoder on fewer steps: at `laptop` 06 trains for about five minutes then, 07 for two.
+SHORT_SPEECH = {"decoder_nar_ar.steps": Share(0.4, least=60), "decoder_nar_ar.pair_steps": 1}
+SHORT_PREFIX = {"decoder_prefix.steps": Share(0.4, least=60)}
+SPEECH_RESULTS = (
+    Result("speech CER (%) of unseen sentences", "decoder_nar_ar.speech_cer", 100),
+    Result("loss on unseen sentences (nats per token)", "decoder_nar_ar.test_loss"),
+    Result("worth of the right text (nats per token)", "decoder_nar_ar.text_gain"),
 )
 QA_RESULTS = (
     Result("right answers (%)", "encoder_prompt.qa_accuracy.spoken, after", 100),
@@ -190,6 +198,49 @@ STUDIES: dict[str, Study] = {
         ),
         {"CTC loss (nats per character)": "encoder_ctc.loss"},
     ),
+    "t2": Study(
+        "What are prefix, pre-network and top-k worth in understood speech (the paper's table T2)?",
+        ("06", "07"),
+        (
+            *(Arm(f"pre-network {number + 1}", seed=number) for number in range(3)),
+            *(
+                Arm(f"none {number + 1}", {"decoder_nar_ar.pre_network_layers": 0}, number)
+                for number in range(3)
+            ),
+        ),
+        SHORT_SPEECH | SHORT_PREFIX | {"decoder_prefix.judged": 40, "decoder_prefix.most_top_k": 5},
+        (
+            Result("CER (%) with prefix, by top-k", "decoder_prefix.cer_by_top_k.with prefix", 100),
+            Result("CER (%) without prefix, by top-k", "decoder_prefix.cer_by_top_k.without prefix", 100),
+            Result("loss on unseen answers (nats per token)", "decoder_prefix.losses.unseen_answers"),
+        ),
+        {"loss of stage 3 (nats per token)": "decoder_prefix.loss"},
+    ),
+    # of the corpus at hand: with 20 h (--set speech_tokens.sentences=16000 and answers=5000 in notebook 05) these
+    # are 1, 2, 5, 10 and 20 h, voiced once
+    "hours": Study(
+        "How many hours of speech does the speech decoder need?",
+        ("06",),
+        tuple(
+            Arm(str(share), {"decoder_nar_ar.corpus_share": share}) for share in (0.05, 0.1, 0.25, 0.5, 1.0)
+        ),
+        SHORT_SPEECH,
+        (Result("hours of speech", "decoder_nar_ar.speech_hours"), *SPEECH_RESULTS),
+        {"loss on unseen sentences (nats per token)": "decoder_nar_ar.test_loss"},
+    ),
+    "spelling": Study(
+        "Does it help to spell the tokens out, and to let text and speech run side by side?",
+        ("06",),
+        (
+            Arm("as the paper", {"decoder_nar_ar.spelled": False, "decoder_nar_ar.stretch": 0.0}),
+            Arm("stretched", {"decoder_nar_ar.spelled": False, "decoder_nar_ar.stretch": 5.7}),
+            Arm("spelled", {"decoder_nar_ar.spelled": True, "decoder_nar_ar.stretch": 0.0}),
+            Arm("both", {"decoder_nar_ar.spelled": True, "decoder_nar_ar.stretch": 2.75}),
+        ),
+        SHORT_SPEECH,
+        SPEECH_RESULTS,
+        {"loss on unseen sentences (nats per token)": "decoder_nar_ar.test_loss"},
+    ),
 }
 
 
@@ -250,12 +301,14 @@ def results_of(study: Study, settings: Settings, chosen: list[Notebook]) -> dict
     }
 
 
-def value_at(records: dict[str, Any], result: Result) -> float | dict[str, float]:
-    """The number, or numbers by name, at a result's place."""
+def value_at(records: dict[str, Any], result: Result) -> float | dict[str, float] | None:
+    """The number, or numbers by name, at a result's place; None where no judge was good enough to measure it."""
     stage, *path = result.place.split(".")
     value = records[stage]["metrics"]
     for key in path:
-        value = value[key]
+        value = value[key] if value is not None else None
+    if value is None:
+        return None
     if isinstance(value, dict):
         return {name: rounded(result.times * number) for name, number in value.items()}
     return rounded(result.times * value)
@@ -399,7 +452,7 @@ def cells(arm: dict[str, Any]) -> dict[str, str]:
         )
     if numbers:
         numbers["training (min)"] = sum(arm["training_seconds"].values()) / 60
-    return {label: f"{value:.3g}" for label, value in numbers.items()}
+    return {label: "not measured" if value is None else f"{value:.3g}" for label, value in numbers.items()}
 
 
 def listing(scale: str) -> str:
@@ -467,6 +520,8 @@ def draw(record: dict[str, Any]) -> list[Any]:
     arms, axes = record["arms"], []
     for label in arms[0]["results"]:
         values = {arm["name"]: arm["results"][label] for arm in arms}
+        if None in values.values():
+            continue
         axes.append(plots.error_bars(values, label, title_of(label, values, arms)))
         axes[-1].set_xlabel(f"arm of {record['what'].replace('_', ' ', 1)}")
     clock = record["clock"]

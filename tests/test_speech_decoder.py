@@ -60,7 +60,7 @@ def hidden_states(rows):
 
 # ---- spelled, stretched, bounded ----
 
-SPELLED = dict(spelled=True, stretch=2.75, shortest=1.0, longest=2.0)
+SPELLED = dict(spelled=True, stretch=2.75, shortest=0.5, longest=2.0)
 
 
 def spelling(text_lengths=(5, 2, 0), longest=4):
@@ -127,13 +127,14 @@ def test_each_row_has_limits_of_its_own():
     with torch.no_grad():
         decoder.output.bias[decoder.END_OF_SPEECH] = -100.0
     spoken, ended = decoder.generate_batch(text, lengths, None, characters)
-    assert [len(row) for row in spoken] == (2 * counts + EXTRA_TOKENS).tolist() and ended == [False] * 3
+    most = (2 * 2.75 * counts + EXTRA_TOKENS).ceil()
+    assert [len(row) for row in spoken] == most.tolist() and ended == [False] * 3
     spoken, _ = decoder.generate_batch(text, lengths, None, characters, max_speech_tokens=45)
-    assert [len(row) for row in spoken] == (2 * counts + EXTRA_TOKENS).clamp(max=45).tolist()
+    assert [len(row) for row in spoken] == most.clamp(max=45).tolist()
     with torch.no_grad():
         decoder.output.bias[decoder.END_OF_SPEECH] = 100.0
     spoken, ended = decoder.generate_batch(text, lengths, None, characters)
-    assert [len(row) for row in spoken] == counts.tolist() and ended == [True] * 3
+    assert [len(row) for row in spoken] == (0.5 * 2.75 * counts).floor().tolist() and ended == [True] * 3
 
 
 def test_text_and_speech_run_side_by_side():

@@ -50,8 +50,8 @@ def test_characters_stand_beside_their_tokens(spoken):
 
 
 def test_a_share_of_the_corpus_is_spread_evenly(spoken):
-    assert part_of(spoken, 1.0) == spoken and part_of(spoken, 0.5) == spoken[::2]
-    assert part_of(spoken, 0.01) == spoken[:1]
+    assert part_of(spoken, 1.0) == spoken and part_of(spoken, 0.5, least=1) == spoken[::2]
+    assert part_of(spoken, 0.01, least=1) == spoken[:1] and part_of(spoken, 0.01) == spoken
 
 
 def test_recipe_is_that_of_the_corpus(spoken):

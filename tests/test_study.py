@@ -112,6 +112,18 @@ def test_the_metrics_that_studies_read_are_saved_by_their_notebooks():
             assert f'\\"{metric}\\": ' in books[stage], result.place
 
 
+def test_what_no_judge_could_measure_is_said_and_not_drawn():
+    records = {"codec": {"metrics": {"cer": None, "loss": 1.5}}}
+    missing, nested, there = (Result("x", f"codec.{place}", 100) for place in ("cer", "cer.by.k", "loss"))
+    assert study.value_at(records, missing) is None and study.value_at(records, nested) is None
+    assert study.value_at(records, there) == 150.0
+    arm = {"name": "a", "results": {"CER": None, "loss": 1.0}, "training_seconds": {"codec": 60}}
+    assert study.cells(arm) == {"CER": "not measured", "loss": "1", "training (min)": "1"}
+    arms = [arm | {"changes": {}, "curves": {}}, arm | {"name": "b", "changes": {"c": 1}, "curves": {}}]
+    axes = study.draw({"arms": arms, "what": "study_x", "clock": "step"})
+    assert [ax.get_title(loc="left") for ax in axes] == ["loss: from 1 (a) to 1 (a)"]
+
+
 def test_arms_are_never_longer_than_the_preset():
     share = Share(0.3, least=240)
     assert [share.of(steps) for steps in (6, 240, 2000)] == [6, 240, 600]
