@@ -10,6 +10,8 @@ from torch import Tensor
 from . import audio
 from .audio import MEL_FRAMES_PER_SECOND, SAMPLE_RATE_HZ
 
+LEVELS_DB = (-35.0, -15.0)  # of a voice before the microphone, dB of full scale
+
 
 def uniform(low: float, high: float, generator: torch.Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=generator))
@@ -32,7 +34,7 @@ def augment(
         waveform = add_noise(
             waveform, make_noise(kind, len(waveform), generator), uniform(*snr_db, generator)
         )
-    return set_level(waveform, uniform(-35.0, -15.0, generator))
+    return set_level(waveform, uniform(*LEVELS_DB, generator))
 
 
 def set_level(waveform: Tensor, level_db: float) -> Tensor:
@@ -114,14 +116,15 @@ def spec_augment(
     mel_lengths: Tensor,
     generator: torch.Generator,
     bands: int = 2,
-    band_mels: int = 12,
+    band_mels: int = 8,
     gaps: int = 2,
-    gap_seconds: float = 0.25,
+    gap_seconds: float = 0.08,
 ) -> Tensor:
     """SpecAugment: replace random bands of mels and random stretches of time by the utterance's mean.
 
     mels         (batch, frames, mels) log-mel features
     mel_lengths  (batch,) frames that are not padding; no gap covers more than a tenth of them
+    gap_seconds  at most; about a phone, for where the words cannot be guessed a hidden syllable teaches nothing
     """
     mels = mels.clone()
     for row, length in zip(mels, mel_lengths.tolist(), strict=True):

@@ -9,6 +9,7 @@ recorded. Batches are a pure function of (seed, step, rank, world), so a resumed
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from . import audio, sentences, voices
 from .audio import CHUNK_SAMPLES, SAMPLE_RATE_HZ, SPEECH_SAMPLE_RATE_HZ
-from .augmentation import augment, uniform
+from .augmentation import LEVELS_DB, augment, set_level, uniform
 from .errors import InputError, PartMissing
 from .files import atomic_write, atomic_write_bytes, atomic_write_text
 from .parts import cache_dir, ensure_torchaudio
@@ -198,16 +199,22 @@ def plan_answers(texts: Sequence[str], seed: int = 0) -> list[Utterance]:
 def plan_transcription(
     count: int, seed: int, split: str = "train", written: Sequence[str] = ()
 ) -> list[Utterance]:
-    """Half questions, half sentences; in training hibari speaks every eighth sentence: a second engine.
+    """Questions and free sentences, half and half; in training hibari speaks every eighth sentence: a second engine.
 
-    written   sentences of open vocabulary (written.py) that stand in for up to half of the template sentences
+    written   sentences of open vocabulary (written.py). With them three eighths are questions, one eighth sentences of
+              templates, one eighth written ones, and the rest patchwork of these
     """
-    half = count // 2
-    plan = plan_questions(half, seed, split) + plan_sentences(count - half, seed, split)
-    for place, text in zip(range(half + 1, count, 2), written, strict=False):
-        plan[place] = dataclasses.replace(plan[place], text=text, kind="written")
+    asked = count * 3 // 8 if written else count // 2
+    plan = plan_questions(asked, seed, split) + plan_sentences(count - asked, seed, split)
+    if written:
+        free = range(asked, count)
+        texts = dict(zip(free[1::5], itertools.cycle(written), strict=False))
+        patched = [place for place in free if (place - asked) % 5 > 1]
+        texts |= zip(patched, sentences.patchwork(len(patched), written, seed, split), strict=True)
+        for place, text in texts.items():
+            plan[place] = dataclasses.replace(plan[place], text=text, kind="written")
     if split == "train":
-        plan[half::8] = [dataclasses.replace(utterance, voice=ANSWER_VOICE) for utterance in plan[half::8]]
+        plan[asked::8] = [dataclasses.replace(utterance, voice=ANSWER_VOICE) for utterance in plan[asked::8]]
     return plan
 
 
@@ -500,13 +507,15 @@ class Speech:
     A batch: waveforms (batch, samples), chunk_lengths (batch,), texts, utterances, seconds of audio, whether it is
     augmented, and the step it was made for, because a stage may have phases.
 
+    augmented     share of the utterances that get another room, microphone and noise; unless it is 0, all get another
+                  level and some silence around them
     clean_steps   so many batches of every rank come first, unchanged: it is easier to learn to align clean speech
     """
 
     utterances: Sequence[Utterance]
     batch_seconds: float
     seed: int = 1
-    augmented: bool = False
+    augmented: float = 0.0
     clean_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -519,17 +528,17 @@ class Speech:
         return len(self.batches)
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        number, augmented = step * world + rank, self.augmented and step >= self.clean_steps
-        return {**self.batch(self.batches[number], number, augmented), "step": step}
+        number, share = step * world + rank, self.augmented if step >= self.clean_steps else 0.0
+        return {**self.batch(self.batches[number], number, share), "step": step}
 
-    def batch(self, indices: Sequence[int], number: int = 0, augmented: bool | None = None) -> dict[str, Any]:
-        """The batch of some utterances; `number` decides the augmentation, None: as the data set says."""
-        augmented = self.augmented if augmented is None else augmented
+    def batch(self, indices: Sequence[int], number: int = 0, share: float | None = None) -> dict[str, Any]:
+        """The batch of some utterances; `number` decides the augmentation of a `share`; None: as the data set says."""
+        share = self.augmented if share is None else share
         chosen = [self.utterances[index] for index in indices]
         waveforms = [load_audio(utterance) for utterance in chosen]
-        if augmented:
+        if share:
             generators = [generator_for(self.seed, number, index) for index in indices]
-            waveforms = [augment(with_silence(w, g), g) for w, g in zip(waveforms, generators, strict=True)]
+            waveforms = [other(w, share, g) for w, g in zip(waveforms, generators, strict=True)]
         padded, chunk_lengths = collate(waveforms)
         seconds = sum(map(len, waveforms)) / SAMPLE_RATE_HZ
         texts = [utterance.text for utterance in chosen]
@@ -539,8 +548,16 @@ class Speech:
             "texts": texts,
             "utterances": chosen,
             "seconds": seconds,
-            "augmented": augmented,
+            "augmented": share > 0,
         }
+
+
+def other(waveform: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Another level, silence around it, and with probability `share` another room, microphone and noise."""
+    waveform = with_silence(waveform, generator)
+    if uniform(0, 1, generator) < share:
+        return augment(waveform, generator)
+    return set_level(waveform, uniform(*LEVELS_DB, generator))
 
 
 def with_silence(waveform: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ Used by: samples.py. Numbers are spelled out, so what is written is what is hear
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -718,6 +718,29 @@ def spoken_sentences(count: int, seed: int, split: str = "train") -> list[str]:
     """`count` sentences with the numbers and names that answers consist of; numbers in digits, as they are written."""
     generator = stream(seed, split, "spoken sentences")
     return list(distinct(count, lambda: fill(generator.choice(SPOKEN[split]), generator)))
+
+
+def patchwork(count: int, written: Sequence[str], seed: int, split: str = "train") -> list[str]:
+    """`count` texts of 5 to 12 words that make no sense: fragments of written sentences, often around a word of ours.
+
+    A recogniser that has only met templates learns them by heart and guesses; here there is nothing to guess, and each
+    name stands among words that it never stands among twice.
+    """
+    generator = stream(seed, split, "patchwork")
+    kinds = sorted(kind for kind in WORDS if kind not in ("place", "doing", "reason"))
+
+    def fragment() -> list[str]:
+        parts = generator.choice(written).rstrip(".!?").split()
+        size = min(len(parts), generator.randint(2, 6))
+        begin = generator.randint(0, len(parts) - size)
+        return parts[begin : begin + size]
+
+    def make() -> str:
+        middle = [generator.choice(WORDS[generator.choice(kinds)])] if generator.random() < 0.6 else []
+        text = " ".join([*fragment(), *middle, *fragment()])
+        return f"{text[0].upper()}{text[1:]}."
+
+    return list(distinct(count, make))
 
 
 def not_addressed(count: int, seed: int, split: str = "train") -> list[str]:

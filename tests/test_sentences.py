@@ -79,3 +79,14 @@ def test_accepted_answers_are_found_as_whole_words():
 def test_unknown_split_is_refused():
     with pytest.raises(ValueError, match="train"):
         sentences.questions(1, 1, "dev")
+
+
+def test_patchwork_joins_fragments_of_what_was_written():
+    written = ["The old boat lay on the sand.", "Birds sing before the sun comes up."]
+    texts = sentences.patchwork(30, written, seed=1)
+    assert texts == sentences.patchwork(30, written, seed=1) != sentences.patchwork(30, written, seed=2)
+    pairs = {pair for text in written for pair in zip(text.split(), text.split()[1:], strict=False)}
+    for text in texts:
+        words = text.rstrip(".").split()
+        assert 4 <= len(words) <= 20 and words[0][0].isupper()
+        assert any(pair in pairs for pair in zip(words[1:], words[2:], strict=False)) or len(words) < 6
