@@ -8,10 +8,11 @@ The notebook is the training script, this library is the set of parts, a stage f
 | Speech decoder: codec                     | codebook, codec, discriminator                   | 01       |
 | Chunk-wise streaming speech encoder       | audio, augmentation, chunk, attention, encoder   | 02       |
 | Training strategy of the speech input     | adapter, frozen_llm, text, turns                 | 03, 04   |
-| Streaming speech decoder                  | codec, speech_tokens                             | 05       |
+| Streaming speech decoder                  | codec, speech_tokens, answers, numerals          | 05       |
 | Training strategy of the speech output    | speech_decoder                                   | 06, 07   |
 | Design for duplex dialogue                | duplex, scenes, vad, hearing, dialogue           | 08, 10   |
-| Evaluation                                | evaluation, metrics, decisions, listening, bench | 09       |
+| Evaluation                                | evaluation, metrics, decisions, bench,           | 09       |
+|                                           | listening, speaking                              |          |
 | (LLaMA-Omni, the second system)           | llama_omni                                       | 11       |
 | (presets, training, hand-over, 8 GPUs)    | scales, training, stages, fingerprint, ranks     | 12       |
 | (data)                                    | sentences, voices, samples                       | 02, 05   |
