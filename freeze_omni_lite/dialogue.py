@@ -46,7 +46,7 @@ class Event:
 
     state        every chunk: {t_ms, state, p0, p1, p2}, None where nobody is asked
     opened       the gate heard speech: a user turn begins
-    closed       it ended: {state, transcript, reason, end_of_speech_to_decision_ms}; reason: decision, timeout, full
+    closed       it ended: {state, transcript, reason}; reason: decision, timeout, full, forced
     ignored      it is not answered, and forgotten; the reason
     reopened     it had not ended: the user goes on, the answer is cancelled
     text         new text of the answer
@@ -101,6 +101,7 @@ class Session:
     ) -> None:
         self.system, self.generator = system, torch.Generator().manual_seed(seed)
         self.timeout_ms, self.thresholds = timeout_ms, thresholds
+        self.answer_tokens = system.stage("encoder_prompt").preset.answer_tokens  # of an answer, at most
         self.gate = SpeechGate()
         self.mel_state = system.features.start()
         self.waiting = torch.zeros(0)
@@ -265,7 +266,7 @@ class Session:
     @property
     def full(self) -> bool:
         """Whether the open turn leaves too little of the context for an answer."""
-        return self.context.room(self.turn.cache) < LLM_VECTORS_PER_CHUNK + 2 * self._answer_tokens
+        return self.context.room(self.turn.cache) < LLM_VECTORS_PER_CHUNK + 2 * self.answer_tokens
 
     # ---- deciding ----------------------------------------------------------------------------------------------------
 
@@ -274,7 +275,6 @@ class Session:
             self.stopwatch = Stopwatch()
             self.stopwatch.mark("decision")
         row = {"state": int(state), "transcript": self.transcript, "reason": reason}
-        row["end_of_speech_to_decision_ms"] = round(self.decision_ms, 1)
         turn, self.turn = self.turn, None
         yield Event("closed", self.t_ms, row, turn.number)
         self.gate.reset()
@@ -303,12 +303,8 @@ class Session:
             torch.cat(opening)[None],
             self.generator,
             self.stopwatch,
-            self._answer_tokens,
+            self.answer_tokens,
         )
-
-    @property
-    def _answer_tokens(self) -> int:
-        return self.system.stage("encoder_prompt").preset.answer_tokens
 
     def _interrupt(self) -> Iterator[Event]:
         """The answer stops here and stays in the context as far as it was heard."""

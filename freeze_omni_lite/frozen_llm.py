@@ -8,6 +8,7 @@ predicts it, in training (`predicting_states`) and in generation alike.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from .attention import KVCache
 from .errors import InputError
 from .fingerprint import fingerprint
 from .parts import smollm2_folder
+from .thin_llama import ThinLlama
 
 IGNORE = -100  # a label that no loss counts
+UNKNOWN: Any = object()  # whether the model can be made thin
 
 
 class CachedLayer(DynamicLayer):
@@ -74,6 +77,7 @@ class FrozenLLM(nn.Module):
     def __init__(self, model: nn.Module, tokenizer, name: str = "") -> None:
         super().__init__()
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.thin_model: ThinLlama | None = UNKNOWN
         self.model.requires_grad_(False)
         self.train(False)
 
@@ -170,10 +174,17 @@ class FrozenLLM(nn.Module):
                 f"the conversation needs {after} positions, the language model has {self.positions}: "
                 "start a new conversation or speak more briefly."
             )
-        out = self.model.base_model(
-            inputs_embeds=vectors.to(self.embedding_table.dtype), past_key_values=cache
-        )
-        return out.last_hidden_state
+        vectors = vectors.to(self.embedding_table.dtype)
+        if self.thin is not None:
+            return self.thin(vectors, [layer.entries for layer in cache.layers])
+        return self.model.base_model(inputs_embeds=vectors, past_key_values=cache).last_hidden_state
+
+    @property
+    def thin(self) -> ThinLlama | None:
+        """The same layers with less around them, where the architecture allows it; made at first use."""
+        if self.thin_model is UNKNOWN or (self.thin_model is not None and not self.thin_model.current):
+            self.thin_model = ThinLlama.of(self.model.base_model)
+        return self.thin_model
 
     def step(self, token_id: int, cache: LLMCache) -> Tensor:
         """Append one token and return its hidden state (1, 1, width)."""

@@ -140,7 +140,7 @@ def play_alone(scenario: Scenario, simulation: Simulation, made: Made) -> Played
     spoke = (made.segments[0][0], made.segments[-1][1])
     begun = [start for turn, start in player.starts.items()]
     answers = [start for start in begun if start >= spoke[1]]
-    taken = [e.data for _, e in sim.events("closed") if e.data["state"] == DialogueState.TAKE_TURN]
+    taken = [at for at, event in sim.events("closed") if event.data["state"] == DialogueState.TAKE_TURN]
     return Played(
         scenario.kind,
         spoke,
@@ -148,7 +148,7 @@ def play_alone(scenario: Scenario, simulation: Simulation, made: Made) -> Played
         early=any(start < spoke[1] for start in begun),
         reopened=len(sim.events("reopened")),
         flushes=len(player.stops),
-        decided=taken[-1]["end_of_speech_to_decision_ms"] if answers else None,
+        decided=1000 * (taken[-1] - spoke[1]) if answers else None,
         parts=parts(sim) if answers else {},
         underrun=player.underrun_seconds,
     )
