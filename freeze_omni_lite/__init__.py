@@ -7,12 +7,13 @@ The notebook is the training script, this library is the set of parts, a stage f
 | Overview                                  | system, verbs, plots, widgets                    | 00       |
 | Speech decoder: codec                     | codebook, codec, discriminator                   | 01       |
 | Chunk-wise streaming speech encoder       | audio, augmentation, chunk, attention, encoder   | 02       |
-| Training strategy of the speech input     | adapter, frozen_llm, text, turns                 | 03, 04   |
+| Training strategy of the speech input     | adapter, frozen_llm, thin_llama, text, turns     | 03, 04   |
 | Streaming speech decoder                  | codec, speech_tokens, answers, numerals          | 05       |
 | Training strategy of the speech output    | speech_decoder                                   | 06, 07   |
-| Design for duplex dialogue                | duplex, scenes, vad, hearing, dialogue           | 08, 10   |
+| Design for duplex dialogue                | duplex, scenes, vad, hearing, dialogue,          | 08, 10   |
+|                                           | answering, context, scenarios, simulation        |          |
 | Evaluation                                | evaluation, metrics, decisions, bench,           | 09       |
-|                                           | listening, speaking                              |          |
+|                                           | listening, speaking, conversation                |          |
 | (LLaMA-Omni, the second system)           | llama_omni                                       | 11       |
 | (presets, training, hand-over, 8 GPUs)    | scales, training, stages, fingerprint, ranks     | 12       |
 | (data)                                    | sentences, voices, samples                       | 02, 05   |

@@ -1,8 +1,8 @@
 """Llama's layers in a dozen calls each: what the frozen LLM does for one token, without what surrounds it elsewhere.
 
-Ours, for speed: with a small model on a CPU, half of a token's time in transformers goes to its bookkeeping. Queries, keys
-and values come from one product, gate and up from another; their weights share memory with the model's own. A test
-holds it equal to transformers, which does the work for every other architecture. Used by: frozen_llm.py.
+Ours, for speed: with a small model on a CPU, half of a token's time in transformers goes to its bookkeeping. Queries,
+keys and values come from one product, gate and up from another; their weights share memory with the model's own. A
+test holds it equal to transformers, which does the work for every other architecture. Used by: frozen_llm.py.
 """
 
 from dataclasses import dataclass
