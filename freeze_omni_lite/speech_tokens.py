@@ -31,7 +31,13 @@ from .ranks import barrier, is_main, rank, world
 from .scales import Preset
 from .stages import shown
 from .text import Speller, clean_for_speech, token_ids
-from .written import written_sentences
+from .written import split_words, written_sentences
+
+OPEN_QUESTIONS = (
+    "What does the word {} mean?",
+    "Can you tell me something about {}?",
+    "Why do people speak of {}?",
+)
 
 # ---- what is said ----------------------------------------------------------------------------------------------------
 
@@ -72,13 +78,22 @@ def free_sentences(preset: Preset, seed: int, split: str = "train") -> list[Line
 
 def llm_answers(llm: FrozenLLM, preset: Preset, system_prompt: str, seed: int) -> list[Line]:
     """The frozen LLM's own answers to as many questions as the preset says, as they are spoken; equal ones once."""
-    asked = list(dict.fromkeys(question.text for question in sentences.questions(preset.answers, seed)))
+    asked = questions(llm.tokenizer, preset.answers, seed)
     answers = kept_answers(llm, system_prompt, asked, preset.answer_tokens)
     lines = [
         Line(clean_for_speech(text), question, written=text)
         for question, text in zip(asked, answers, strict=True)
     ]
     return [line for line in lines if line.text]
+
+
+def questions(tokenizer: Any, count: int, seed: int) -> list[str]:
+    """`count` different questions: those of the listening side, 2,370, and then about words of the LLM's vocabulary."""
+    asked = list(dict.fromkeys(question.text for question in sentences.questions(count, seed)))
+    if len(asked) < count:
+        words = split_words(tokenizer, "train")[: count - len(asked)]
+        asked += [OPEN_QUESTIONS[i % len(OPEN_QUESTIONS)].format(word) for i, word in enumerate(words)]
+    return asked
 
 
 def voiced(lines: Sequence[Line]) -> list[Tensor]:

@@ -222,6 +222,13 @@ def test_answers_are_kept(monkeypatch, tmp_path):
     assert asked[1:] == questions[:1] * 2, "another LLM and another system text have answers of their own"
 
 
+def test_there_are_more_questions_than_topics_have(monkeypatch):
+    monkeypatch.setattr(speech_tokens, "split_words", lambda tokenizer, split: ["boat", "tree", "hill"])
+    asked = speech_tokens.questions(None, 2372, 1)
+    assert len(set(asked)) == len(asked) == 2372 and asked[-1] == "Can you tell me something about tree?"
+    assert speech_tokens.questions(None, 50, 1) == asked[:50]
+
+
 def test_answers_are_asked_once_and_speakable(monkeypatch, tmp_path):
     monkeypatch.setenv("FREEZE_OMNI_CACHE", str(tmp_path))
     preset = scales.load("speech_tokens", "tiny", answers=6, answer_tokens=4)
