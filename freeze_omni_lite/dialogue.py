@@ -183,8 +183,8 @@ class Session:
 
     @torch.inference_mode()
     def close(self, state: DialogueState, reason: str = "decision") -> list[Event]:
-        """End the open turn: answer it, or drop it and what it put into the LLM's cache."""
-        return list(self._close(state, reason))
+        """End the open turn, if there is one: answer it, or drop it and what it put into the LLM's cache."""
+        return list(self._close(state, reason)) if self.turn is not None else []
 
     # ---- listening ---------------------------------------------------------------------------------------------------
 

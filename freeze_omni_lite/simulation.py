@@ -186,8 +186,7 @@ class Simulation:
 
     def take_turn(self) -> None:
         """Have the open turn answered, whatever the state head says; if there is none, nothing happens."""
-        if self.session.turn is not None:
-            self.work(lambda: self.session.close(DialogueState.TAKE_TURN, "forced"))
+        self.work(lambda: self.session.close(DialogueState.TAKE_TURN, "forced"))
 
     def events(self, *kinds: str) -> list[tuple[float, Event]]:
         return [(seconds, event) for seconds, event in self.log if event.kind in kinds]

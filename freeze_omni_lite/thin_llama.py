@@ -121,6 +121,7 @@ def thin(layer: Any) -> ThinLayer:
     )
 
 
+@torch.inference_mode(False)  # tensors made in inference mode could not take part in training later
 @torch.no_grad()
 def joined(*modules: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Weights (and biases) one below the other; the modules go on with their part of the same memory."""

@@ -67,6 +67,14 @@ def test_the_weights_are_the_models_own():
     assert not llm.thin.layers[1].gate_up[0][: len(gate)].any()
 
 
+def test_training_through_the_model_goes_on_afterwards():
+    llm = tiny.llm()
+    llm.prefill(torch.randn(1, 3, 32), llm.new_cache())
+    vectors = torch.randn(2, 5, 32, requires_grad=True)
+    llm.hidden(vectors).square().sum().backward()
+    assert vectors.grad.abs().sum() > 0
+
+
 def test_a_moved_model_is_made_thin_again():
     llm = tiny.llm()
     first = llm.thin
