@@ -8,8 +8,6 @@ them, on other data: real and synthetic recordings of people there, espeak-ng vo
 import dataclasses
 from collections.abc import Sequence
 
-import torch
-
 from . import evaluation, metrics
 from .audio import CHUNK_MS, CHUNK_SAMPLES
 from .bench import wait_for
@@ -18,7 +16,8 @@ from .listening import OWN_SEED, percent
 from .measure import Progress
 from .results import Row, row
 from .samples import generator_for
-from .scenarios import ECHO_DB, Played, Scenario, plan_scenarios, play, voiced
+from .scenarios import ECHO_DB, Played, plan_scenarios, play, voiced
+from .scenes import duplex_sample
 from .simulation import Load, Simulation
 from .system import System
 from .threads import thread_count
@@ -219,7 +218,7 @@ def memory(system: System, items: int, seed: int) -> list[Row]:
     session = Session(system, seed, thresholds=(1.0, 0.0))  # every turn is heard and dropped
     generator, sizes = generator_for(OWN_SEED + seed), []
     speech = voiced(plan_scenarios("turn", 1, OWN_SEED + seed))[0]
-    waveform = scene_sound(speech, generator)
+    waveform = duplex_sample(speech.first, generator).waveform
     chunks = waveform.split(CHUNK_SAMPLES)[: len(waveform) // CHUNK_SAMPLES]
     progress = Progress("memory", GROWTH_CHUNKS[-1])
     for number in range(1, GROWTH_CHUNKS[-1] + 1):
@@ -235,12 +234,6 @@ def memory(system: System, items: int, seed: int) -> list[Row]:
         row("LLM cache of a session", cache_late / 2**20, 1, where, "MiB"),
         row("growth from minute 1 to 6", late + cache_late - early - cache_early, 1, where, "bytes", "<= 0"),
     ]
-
-
-def scene_sound(scenario: Scenario, generator: torch.Generator) -> torch.Tensor:
-    from .scenes import duplex_sample
-
-    return duplex_sample(scenario.first, generator).waveform
 
 
 def held(session: Session) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ITEMS = 300
 HEARING = ("encoder_ctc", "encoder_adapter")
 SPEAKING = ("codec", "decoder_nar_ar", "decoder_prefix")
-TALKING = (*HEARING, "encoder_prompt", "duplex", "codec", "decoder_nar_ar", "decoder_prefix")
+TALKING = (*HEARING, "encoder_prompt", "duplex", *SPEAKING)
 # measure -> part -> the stages that it needs
 MEASURES: dict[str, dict[str, tuple[str, ...]]] = {
     "listening": {
