@@ -18,14 +18,14 @@ class SpeechGate:
     """Silero VAD of one session: `step` tells whether a chunk has speech, `silence_ms` how long there was none.
 
     threshold  probability above which a 32 ms window counts as speech
-    windows    such windows in one chunk that open the gate: two, so that a click does not
+    windows    such windows in a row that open the gate: four, for a blip of 60 ms is heard in two or three
     """
 
-    def __init__(self, threshold: float = 0.5, windows: int = 2) -> None:
+    def __init__(self, threshold: float = 0.5, windows: int = 4) -> None:
         from silero_vad import load_silero_vad
 
         self.model, self.threshold, self.windows = load_silero_vad(onnx=False), threshold, windows
-        self.silence_ms = 0
+        self.silence_ms = self.row = 0  # `row`: windows of speech in a row, up to now
 
     def step(self, samples: Tensor) -> bool:
         """One 160 ms chunk (2560 samples,) at 16 kHz."""
@@ -34,23 +34,27 @@ class SpeechGate:
                 float(self.model(window, 16_000))
                 for window in samples.view(WINDOWS_PER_CHUNK, WINDOW_SAMPLES)
             ]
-        speech = sum(score > self.threshold for score in scores) >= self.windows
+        longest = 0
+        for score in scores:  # a row may have begun in the chunk before
+            self.row = self.row + 1 if score > self.threshold else 0
+            longest = max(longest, self.row)
+        speech = longest >= self.windows
         self.silence_ms = 0 if speech else self.silence_ms + CHUNK_MS
         return speech
 
     def reset(self) -> None:
         """Forget everything heard: after a decision the next turn starts fresh."""
         self.model.reset_states()
-        self.silence_ms = 0
+        self.silence_ms = self.row = 0
 
     def remember(self) -> dict[str, Tensor]:
         """All that the gate knows of what it heard, to be saved."""
         known = {name: torch.as_tensor(getattr(self.model, name)).clone() for name in SILERO_MEMORY}
-        return known | {"silence_ms": torch.tensor(self.silence_ms)}
+        return known | {name: torch.tensor(getattr(self, name)) for name in ("silence_ms", "row")}
 
     def restore(self, known: dict[str, Tensor]) -> None:
         """Go on from what another gate remembered."""
-        self.silence_ms = int(known["silence_ms"])
+        self.silence_ms, self.row = int(known["silence_ms"]), int(known["row"])
         for name in SILERO_MEMORY:
             value = known[name]
             setattr(self.model, name, value if value.dim() else int(value))
