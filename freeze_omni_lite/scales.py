@@ -165,7 +165,7 @@ STAGES: dict[str, dict[str, tuple]] = {
         state_scenes=(7, 700, 10_000, 60_000, "ours", "duplex scenes whose states train beside the answers; 0: none"),
         test_questions=(3, 60, 300, 300, "ours", "unseen questions"),
         **fitting(
-            (6, 110, 5000, 20_000),
+            (8, 110, 5000, 20_000),
             (12.0, 40.0, 200.0, 400.0),
             (6e-3, 6e-3, 2e-3, 6e-4, "stated", "AdamW learning rate"),
             (1, 10, 200, 200, "config", "warm-up steps"),

@@ -41,7 +41,7 @@ def test_presets_survive_copy_and_pickle():
         (("encoder_ctc", "laptob"), {}, "unknown scale.*did you mean laptop"),
         (("encoder_ctc", "tiny"), {"learning_rat": 1.0}, "unknown setting.*did you mean learning_rate"),
         (("encoder_ctc", "tiny"), {"steps": 1.5}, "encoder_ctc.steps is 1.5, expected int"),
-        (("encoder_ctc", "tiny"), {"augment": 1}, "expected bool"),
+        (("encoder_ctc", "tiny"), {"dynamic_chunks": 1}, "expected bool"),
         (("encoder_ctc", "tiny"), {"steps": True}, "expected int"),
     ],
 )
