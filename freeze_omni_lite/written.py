@@ -26,7 +26,7 @@ def written_sentences(llm_name: str, count: int, split: str = "train", progress:
     """`count` different sentences of 4 to 16 words written by the LLM, greedily; fewer if it runs out of words.
 
     Each word is asked about once, in an order that no seed changes, and belongs to one split; what was written is kept
-    in the cache folder, and the repository brings 1,559 of SmolLM2 along: they take five minutes on two cores.
+    in the cache folder, and the repository brings 5,155 of SmolLM2 along: they take twelve minutes on two cores.
     A long sentence is broken off, for it is only to be read aloud and written down.
     """
     name = f"{re.sub(r'[^A-Za-z0-9]+', '-', llm_name)}-{split}-{VERSION}.json"
